@@ -1,0 +1,66 @@
+# `make demo` and `make test` do everything on a fresh machine; a second run is quick.
+#
+# Without an NVIDIA GPU, PyTorch's CPU build is enough. Where pip does not find it by itself,
+# give it the index of CPU builds that PyTorch's install page names: make test TORCH_INDEX=...
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := .constraints.txt
+TORCH_INDEX ?=
+
+.PHONY: demo test unit lint types layers docs check coverage bench soak clean
+
+$(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "pip>=25.1"
+	if command -v nvidia-smi >/dev/null || [ -z "$(TORCH_INDEX)" ]; then \
+	  $(PIP) install -q -c $(CONSTRAINTS) torch; \
+	else \
+	  $(PIP) install -q -c $(CONSTRAINTS) --index-url $(TORCH_INDEX) torch; \
+	fi
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) install -q -c $(CONSTRAINTS) -e . --group demo
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -q -c $(CONSTRAINTS) -e . --group dev
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/async_rl.py
+
+test: $(VENV)/.dev
+	rm -f .coverage .coverage.*
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m coverage run -m pytest -m "not soak" $(ARGS)
+
+coverage: $(VENV)/.dev
+	$(BIN)/python -m coverage combine -q --keep
+	$(BIN)/python -m coverage report
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W -n -q -b html docs docs/_build/html
+
+check: lint types layers docs
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks p2p $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
+
+clean:
+	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*

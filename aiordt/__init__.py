@@ -1,0 +1,58 @@
+"""Ray Direct Transport for asyncio actors: awaitable tensor refs."""
+
+from __future__ import annotations
+
+from aiordt._actor import AsyncActor, method
+from aiordt._config import Config, configure
+from aiordt._errors import (
+    AiordtError,
+    AuthenticationError,
+    ClosedError,
+    GroupError,
+    OwnerDiedError,
+    PeerLostError,
+    RefPicklingError,
+    TensorFreedError,
+    TransferError,
+    UnavailableError,
+    UsageError,
+)
+from aiordt._export import put
+from aiordt._get import get
+from aiordt._ref import TensorRef
+from aiordt._runtime import SharedTensorWarning
+from aiordt._types import Explanation, Owner, Stats, TransportStats
+from aiordt._wait import as_completed, explain, stats, wait, wait_tensor_freed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AiordtError",
+    "AsyncActor",
+    "AuthenticationError",
+    "ClosedError",
+    "Config",
+    "Explanation",
+    "GroupError",
+    "Owner",
+    "OwnerDiedError",
+    "PeerLostError",
+    "RefPicklingError",
+    "SharedTensorWarning",
+    "Stats",
+    "TensorFreedError",
+    "TensorRef",
+    "TransferError",
+    "TransportStats",
+    "UnavailableError",
+    "UsageError",
+    "as_completed",
+    "configure",
+    "explain",
+    "get",
+    "method",
+    "put",
+    "stats",
+    "wait",
+    "wait_tensor_freed",
+]

@@ -1,0 +1,138 @@
+"""The one place for settings: a frozen `Config`, from `configure()` and ``AIORDT_*``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from aiordt._errors import InvalidTypeError, InvalidValueError, UsageError
+from aiordt._types import GIB, KIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: Transports that this version has, in order of preference for host memory.
+TRANSPORTS: Final = ("cma", "tcp")
+_ENV_PREFIX: Final = "AIORDT_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Settings of one process.
+
+    The exporter's ``inline_*`` and the consumer's other settings apply to a transfer.
+
+    Attributes:
+        inline_nbytes: Tensors up to this size travel inside their ref, by value.
+        inline_result_nbytes: ... and up to this many bytes in one result.
+        max_in_flight_bytes: Pulls beyond this many bytes wait their turn, first come first
+            served; a larger single tensor is let in alone.
+        pool_nbytes: Receive memory kept for reuse; beyond it ordinary memory is used.
+        tcp_streams: Connections that one large tensor is spread over.
+        transports: Transports that may be used, in order of preference.
+    """
+
+    inline_nbytes: int = 16 * KIB
+    inline_result_nbytes: int = 64 * KIB
+    max_in_flight_bytes: int = 2 * GIB
+    pool_nbytes: int = 1 * GIB
+    tcp_streams: int = 2
+    transports: tuple[str, ...] = TRANSPORTS
+
+    def __post_init__(self) -> None:
+        for name in ("inline_nbytes", "inline_result_nbytes", "pool_nbytes"):
+            _check_int(name, getattr(self, name), minimum=0)
+        for name in ("max_in_flight_bytes", "tcp_streams"):
+            _check_int(name, getattr(self, name), minimum=1)
+        given: object = self.transports
+        if not isinstance(given, tuple | list) or not all(isinstance(name, str) for name in given):
+            raise InvalidTypeError(f"transports must be a sequence of str, not {self.transports!r}")
+        object.__setattr__(self, "transports", tuple(self.transports))
+        unknown = [name for name in self.transports if name not in TRANSPORTS]
+        if unknown or not self.transports:
+            raise InvalidValueError(
+                f"transports={self.transports!r}: choose at least one of {TRANSPORTS}"
+            )
+
+
+def _check_int(name: str, value: object, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidTypeError(f"{name} must be an int, not {value!r}")
+    if value < minimum:
+        raise InvalidValueError(f"{name} must be at least {minimum}, not {value}")
+
+
+def from_environment(environment: Mapping[str, str]) -> Config:
+    """Read ``AIORDT_<NAME>`` for every field of `Config`.
+
+    Raises:
+        UsageError: A name is unknown or a value is not valid.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(_ENV_PREFIX):
+            continue
+        name = variable.removeprefix(_ENV_PREFIX).lower()
+        if name not in fields:
+            raise InvalidValueError(f"{variable}: no such setting; there are {', '.join(fields)}")
+        if name == "transports":
+            values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            continue
+        try:
+            values[name] = int(text)
+        except ValueError as exc:
+            raise InvalidValueError(f"{variable}={text!r} is not an integer") from exc
+    return Config(**values)
+
+
+class _Settings:
+    """What `configure` was given, until a runtime takes it."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+        self.taken_by: str | None = None
+
+
+_settings = _Settings()
+
+
+def configure(**options: Any) -> None:  # noqa: ANN401  (checked by Config)
+    """Set options of this process; call it before aiordt is used here.
+
+    Each option may also be set as ``AIORDT_<NAME>`` in the environment; a value given
+    here wins. The settings are per process: actors read theirs from their own environment
+    (``runtime_env={"env_vars": {...}}``) or call `configure` themselves.
+
+    Args:
+        **options: Fields of `aiordt.Config`.
+
+    Raises:
+        UsageError: An option is unknown or not valid, or the runtime has started.
+    """
+    if _settings.taken_by is not None:
+        raise UsageError(
+            f"configure() came too late: {_settings.taken_by}; call it before the first export "
+            "or pull in this process"
+        )
+    known = {field.name for field in dataclasses.fields(Config)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise InvalidValueError(f"no such setting: {', '.join(unknown)}; there are {sorted(known)}")
+    merged = {**_settings.given, **options}
+    dataclasses.replace(from_environment(os.environ), **merged)  # refuse now, not at first use
+    _settings.given = merged
+
+
+def take() -> Config:
+    """The settings for a runtime that starts now; `configure` is refused from here on."""
+    config = dataclasses.replace(from_environment(os.environ), **_settings.given)
+    _settings.taken_by = "the runtime of this process has started"
+    return config
+
+
+def release() -> None:
+    """The runtime has ended; `configure` may be called again."""
+    _settings.taken_by = None

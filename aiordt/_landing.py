@@ -1,0 +1,196 @@
+"""Where a pulled tensor lands: the memory, the part to read, and what makes it whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from aiordt import _device, _wire
+from aiordt._errors import InvalidValueError
+from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order, runs
+from aiordt._types import DTYPES, ITEMSIZES
+from aiordt.abc import Part, PeerAddress
+
+if TYPE_CHECKING:
+    from aiordt._memory import Pool
+    from aiordt._types import Owner
+    from aiordt._wire import TensorMeta
+
+
+@dataclass(slots=True, eq=False)
+class Header:
+    """What the refs of one result share.
+
+    Attributes:
+        session: The Ray session in which it came to this process.
+        origin: `address` and `owner` as they travel.
+        address: Where the owner's runtime is.
+        owner: Who that is.
+        key: Key of the export.
+        transport: The transport that the exporter demanded, if any.
+        noted: Whether the owner was told that this process pulled.
+    """
+
+    session: object
+    origin: bytes
+    address: PeerAddress
+    owner: Owner
+    key: bytes
+    transport: str | None
+    noted: bool = False
+
+
+class Pullable(Protocol):
+    """What the runtime must know of a ref."""
+
+    header: Header
+    index: int
+    inline: bytes | None
+    cls: type[torch.Tensor] | None
+
+    @property
+    def meta(self) -> TensorMeta:
+        """The tensor's description."""
+        ...
+
+    @property
+    def released(self) -> bool:
+        """Whether it was given up."""
+        ...
+
+
+def dtype_of(code: int) -> torch.dtype:
+    """The dtype behind a code on the wire.
+
+    Raises:
+        InvalidValueError: This PyTorch does not have it.
+    """
+    dtype = DTYPES[code] if code < len(DTYPES) else None
+    if dtype is None:
+        raise InvalidValueError(f"this PyTorch ({torch.__version__}) lacks the tensor's dtype")
+    return dtype
+
+
+def num_bytes(meta: TensorMeta) -> int:
+    """Size of a tensor, in bytes."""
+    nbytes = ITEMSIZES[meta.dtype]
+    for size in meta.shape:
+        nbytes *= size
+    return nbytes
+
+
+def describe(ref: Pullable) -> str:
+    """A ref's tensor, for messages."""
+    meta = ref.meta
+    return f"tensor {tuple(meta.shape)} {str(dtype_of(meta.dtype)).removeprefix('torch.')}"
+
+
+def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
+    """Give a received tensor the class and the ``requires_grad`` of the original."""
+    flags = ref.meta.flags
+    requires_grad = bool(flags & _wire.FLAG_REQUIRES_GRAD)
+    if flags & _wire.FLAG_PARAMETER:
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    if ref.cls is not None:
+        tensor = tensor.as_subclass(ref.cls)
+    return tensor.requires_grad_(True) if requires_grad else tensor  # noqa: FBT003
+
+
+def unpack_inline(ref: Pullable, data: bytes) -> torch.Tensor:
+    """The tensor of a ref that carries its bytes."""
+    meta = ref.meta
+    shape = meta.shape if meta.stride is None else tuple(_order_of(meta).shape)
+    return dress(_from_order(from_raw_bytes(data, shape, dtype_of(meta.dtype)), meta), ref)
+
+
+@dataclass(slots=True)
+class Landing:
+    """A tensor that is being received.
+
+    Attributes:
+        ref: The ref that was awaited; it keeps the lease until the read has ended.
+        tensor: What the bytes are written to, in the order in which they travel.
+        part: What to read.
+        into: The caller's tensor, if it is another than ``tensor``.
+    """
+
+    ref: Pullable
+    tensor: torch.Tensor
+    part: Part
+    into: torch.Tensor | None = None
+
+    @property
+    def copy_nbytes(self) -> int:
+        """Bytes that `finish` copies; many are copied off the loop."""
+        meta = self.ref.meta
+        if self.into is not None or self.tensor.numel() * self.tensor.itemsize < num_bytes(meta):
+            return num_bytes(meta)
+        return 0
+
+    def finish(self) -> torch.Tensor:
+        """What the caller gets, once all bytes have come."""
+        tensor = self.tensor
+        ref = self.ref
+        _device.layer(tensor.device).wait_on_stream(tensor.device, _device.DONE)
+        if ref.meta.stride is not None:
+            tensor = _from_order(tensor, ref.meta)
+        if self.into is not None:
+            return copy_into(self.into, tensor)
+        return dress(tensor, ref) if ref.meta.flags or ref.cls else tensor
+
+
+def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing:
+    """Prepare memory for ``ref``: the caller's, where it is laid out as the bytes travel."""
+    meta = ref.meta
+    dtype = dtype_of(meta.dtype)
+    key, index, address = ref.header.key, ref.index, meta.address
+    if meta.stride is None:
+        fits = into is not None and into.is_contiguous()
+        tensor = into if fits and into is not None else pool.empty(meta.shape, dtype)
+        nbytes = tensor.numel() * dtype.itemsize
+        part = Part(key, index, address, tensor.data_ptr(), nbytes, nbytes, None)
+        return Landing(ref, tensor, part, into)
+    source = _order_of(meta)
+    flat = pool.empty(tuple(source.shape), dtype)
+    run_nbytes, offsets = runs(source.shape, source.stride(), dtype.itemsize)
+    nbytes = flat.numel() * dtype.itemsize
+    part = Part(
+        key,
+        index,
+        address,
+        flat.data_ptr(),
+        nbytes,
+        run_nbytes,
+        None if len(offsets) == 1 else offsets,
+    )
+    return Landing(ref, flat, part, into)
+
+
+def copy_into(into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Fill the caller's tensor, unless the bytes were received there."""
+    if into is not tensor:
+        into.detach().copy_(tensor.detach())
+    return into
+
+
+def _order_of(meta: TensorMeta) -> torch.Tensor:
+    """A tensor without memory, with the strides in which the source's bytes are read."""
+    stride = meta.stride if meta.stride is not None else ()
+    return in_memory_order(torch.empty_strided(meta.shape, stride, device="meta"))
+
+
+def _from_order(flat: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
+    """From the bytes as they travelled to the tensor that `torch.clone` would have made."""
+    if meta.stride is None:
+        return flat
+    shape = tuple(
+        1 if stride == 0 else size for size, stride in zip(meta.shape, meta.stride, strict=True)
+    )
+    dense = dense_stride(shape, meta.stride)
+    if shape == meta.shape:
+        return flat.as_strided(shape, dense)
+    order = memory_order(dense)
+    inverse = [order.index(dim) for dim in range(len(order))]
+    return flat.permute(inverse).expand(meta.shape).clone()

@@ -1,0 +1,215 @@
+"""Host memory: warm buffers to receive into, and the bytes behind a tensor.
+
+Fresh memory costs page faults worth seven times the copy, so what a tensor was received
+into is kept and lent again once nothing can reach it any more (`Pool`).
+
+Invariants:
+    MEM-1  A pool block is lent to one storage at a time: it comes back when that storage is
+           gone, whatever views and tensors of it there were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+from aiordt._types import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HUGE_PAGE: Final = 2 * MIB
+#: Smaller tensors are left to malloc, which keeps such memory warm by itself.
+MIN_BLOCK: Final = 1 * MIB
+
+_memory_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_view.restype = ctypes.py_object
+_memory_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_PYBUF_READ: Final = 0x100
+_PYBUF_WRITE: Final = 0x200
+
+
+def view_memory(address: int, nbytes: int, *, writable: bool = False) -> memoryview:
+    """The ``nbytes`` bytes at ``address``, which the caller keeps alive."""
+    if nbytes == 0:
+        return memoryview(b"")
+    flags = _PYBUF_WRITE if writable else _PYBUF_READ
+    view: memoryview = _memory_view(address, nbytes, flags)
+    return view
+
+
+def storage_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address and size in bytes of the storage behind ``tensor``."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def dense_stride(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The strides that `torch.clone` gives a tensor of this shape and these strides."""
+    return torch.empty_strided(tuple(shape), tuple(stride), device="meta").clone().stride()
+
+
+def memory_order(stride: Sequence[int]) -> list[int]:
+    """Dimensions of a dense tensor from the outermost in memory to the innermost."""
+    return sorted(range(len(stride)), key=lambda dim: -stride[dim])
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of ``tensor`` whose elements in C order are the bytes that travel.
+
+    Broadcast dimensions (stride 0) shrink to one; the rest are put in the order in which
+    the receiver's dense copy has them in memory.
+    """
+    if tensor.is_contiguous():
+        return tensor
+    view = tensor.detach()
+    for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            view = view.narrow(dim, 0, 1)
+    return view.permute(memory_order(dense_stride(view.shape, view.stride())))
+
+
+class _Block:
+    """Anonymous memory, on huge pages where the kernel has them to give."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._map = mmap.mmap(-1, nbytes + (HUGE_PAGE if nbytes >= HUGE_PAGE else 0))
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.address = base
+        if nbytes >= HUGE_PAGE:
+            self.address = -(-base // HUGE_PAGE) * HUGE_PAGE
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                start = self.address - base
+                self._map.madvise(mmap.MADV_HUGEPAGE, start - start % mmap.PAGESIZE, nbytes)
+
+
+class _Lent(ctypes.Array[ctypes.c_ubyte]):
+    """The buffer under a storage that was made on a pool block; gone when the storage is."""
+
+    _type_ = ctypes.c_ubyte
+    _length_ = 0
+    pool: Pool
+    block: _Block
+
+    def __del__(self) -> None:
+        block = self.__dict__.pop("block", None)
+        if block is not None:
+            self.pool._take_back(block)  # noqa: SLF001
+
+
+def _lent_type(nbytes: int) -> type[_Lent]:
+    return type("_Lent", (_Lent,), {"_type_": ctypes.c_ubyte, "_length_": nbytes})
+
+
+class Pool:
+    """Memory to receive into, lent as tensors and taken back when their storage dies.
+
+    Blocks come in sizes of 1, 1.25, 1.5, 1.75 times a power of two. All lists change by
+    single atomic operations, because a block may come back at any moment on any thread,
+    the garbage collector's turn in the middle of `empty` included.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free: dict[int, list[_Block]] = {}
+        self._types: dict[int, type[_Lent]] = {}
+        self._closed = False
+
+    @property
+    def idle_nbytes(self) -> int:
+        """Bytes kept for the next tensors."""
+        return sum(nbytes * len(blocks) for nbytes, blocks in list(self._free.items()))
+
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """An uninitialised tensor, from warm memory where there is some.
+
+        Args:
+            shape: Its shape.
+            dtype: Its dtype.
+            stride: Strides of a dense tensor; ``None``: contiguous.
+
+        Cost:
+            ~1 µs for warm memory; an ``mmap``, and page faults at first touch, otherwise.
+        """
+        numel = 1
+        for size in shape:
+            numel *= size
+        nbytes = numel * dtype.itemsize
+        if nbytes < MIN_BLOCK or nbytes > self._limit or self._closed:
+            if stride is None:
+                return torch.empty(shape, dtype=dtype)
+            return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype)
+        flat = torch.frombuffer(self._lend(nbytes), dtype=dtype, count=numel)
+        if stride is None:
+            return flat.view(tuple(shape))
+        return flat.as_strided(tuple(shape), tuple(stride))
+
+    def _lend(self, nbytes: int) -> _Lent:
+        size = block_nbytes(nbytes)
+        try:
+            block = self._free.setdefault(size, []).pop()
+        except IndexError:
+            block = _Block(size)
+        lent_type = self._types.get(size)
+        if lent_type is None:
+            lent_type = self._types.setdefault(size, _lent_type(size))
+        lent: _Lent = lent_type.from_address(block.address)
+        lent.pool = self
+        lent.block = block
+        return lent
+
+    def _take_back(self, block: _Block) -> None:
+        if not self._closed and self.idle_nbytes + block.nbytes <= self._limit:
+            self._free.setdefault(block.nbytes, []).append(block)
+
+    def close(self) -> None:
+        """Give idle memory back to the system; what is lent follows when its storage dies."""
+        self._closed = True
+        self._free = {}
+
+
+def block_nbytes(nbytes: int) -> int:
+    """The size of the block that ``nbytes`` bytes are put in: at most a quarter more."""
+    power = max(MIN_BLOCK, 1 << (nbytes.bit_length() - 1))
+    step = power // 4
+    return power if nbytes <= power else -(-nbytes // step) * step
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The bytes of a small tensor, in the order of `in_memory_order`."""
+    view = in_memory_order(tensor).contiguous()
+    return bytes(view_memory(view.data_ptr(), view.nbytes))
+
+
+def from_raw_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A new contiguous tensor with these bytes."""
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    if data:
+        view_memory(tensor.data_ptr(), len(data), writable=True)[:] = data
+    return tensor
+
+
+def runs(
+    shape: Sequence[int], stride: Sequence[int], itemsize: int
+) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """The contiguous runs of bytes that make up a strided tensor, in C order.
+
+    Returns:
+        Bytes of each run, and the offset of each from element 0, in bytes.
+    """
+    run = itemsize
+    dims = list(zip(shape, stride, strict=True))
+    while dims and (dims[-1][0] == 1 or dims[-1][1] * itemsize == run):
+        run *= dims.pop()[0]
+    offsets = np.zeros(1, dtype=np.int64)
+    for size, step in dims:
+        steps = np.arange(size, dtype=np.int64) * (step * itemsize)
+        offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
+    return run, offsets

@@ -1,0 +1,377 @@
+"""Other processes: authenticated connections and a symmetric, typed RPC over them.
+
+Everything here runs on the io loop. A control connection carries requests, replies and
+notes in both directions; a payload stream is handed, once authenticated, to its transport.
+
+Invariants:
+    AUTH-1  Nothing of a peer is acted on before it has proved that it knows the secret.
+    AUTH-2  At most `MAX_HANDSHAKES` unauthenticated connections are open; each ends within
+            `HANDSHAKE_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import logging
+import os
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from typing_extensions import override
+
+from aiordt import _wire
+from aiordt._errors import (
+    AiordtError,
+    AuthenticationError,
+    OwnerDiedError,
+    PeerLostError,
+    ProtocolViolationError,
+    TransferError,
+)
+from aiordt._metrics import phase
+from aiordt._rpc import Connection
+from aiordt.abc import Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiordt._wire import Message, Sealer
+    from aiordt.abc import PeerAddress
+
+_log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS: Final = 5.0
+MAX_HANDSHAKES: Final = 128
+#: How long a connection that broke is watched for its peer's death before a verdict.
+_VERDICT_SECONDS: Final = 1.0
+
+_BAD_SECRET: Final = b"secret"
+_STALE: Final = b"stale"
+_WELCOME: Final = b"welcome"
+
+
+def _tune(sock: socket.socket) -> None:
+    """No delay for small frames; a host that vanished is noticed within about 6 s."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 3),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 6000),
+    ):
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+async def _send_frame(sock: socket.socket, body: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, _wire.HEADER.pack(len(body)) + body)
+
+
+async def _receive_frame(sock: socket.socket) -> bytes:
+    header = await _receive_exactly(sock, _wire.HEADER.size)
+    length = _wire.frame_length(header, limit=_wire.MAX_HANDSHAKE)
+    return await _receive_exactly(sock, length)
+
+
+async def _receive_exactly(sock: socket.socket, nbytes: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = b""
+    while len(data) < nbytes:
+        got = await loop.sock_recv(sock, nbytes - len(data))
+        if not got:
+            raise ConnectionResetError(errno.ECONNRESET, "closed during the handshake")
+        data += got
+    return data
+
+
+class Network:
+    """This process's listener, and its connections to and from others."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        runtime_id: bytes,
+        *,
+        secret: Callable[[], Awaitable[bytes]],
+        handle: Callable[[Message, bytes], Awaitable[Message | None]],
+        accept: Callable[[bytes, bytes, socket.socket], bool],
+        lost: Callable[[bytes], None],
+    ) -> None:
+        self.runtime_id = runtime_id
+        self._listener = listener
+        self._secret = secret
+        self._handle = handle
+        self._accept = accept
+        self._lost = lost
+        self._connections: set[Connection] = set()
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def serve(self) -> None:
+        """Accept connections until closed."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, address = await loop.sock_accept(self._listener)
+            except OSError as exc:
+                if self._closed or exc.errno == errno.EBADF:
+                    return
+                _log.warning("accepting a connection failed: %s", exc)
+                await asyncio.sleep(0.1)  # out of file descriptors: let some be closed
+                continue
+            if len(self._handshakes) >= MAX_HANDSHAKES:
+                sock.close()
+                continue
+            task = loop.create_task(self._greet(sock, f"{address[0]}:{address[1]}"))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    async def _greet(self, sock: socket.socket, name: str) -> None:
+        sock.settimeout(0)
+        taken = False
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                _tune(sock)
+                hello = _wire.unpack_hello(await _receive_frame(sock))
+                if hello.server != self.runtime_id:
+                    await _send_frame(sock, _STALE)
+                    return
+                sealers = await self._authenticate(sock, hello)
+                taken = await self._take(sock, hello, sealers)
+        except TimeoutError:
+            _log.warning("handshake with %s took over %s s", name, HANDSHAKE_SECONDS)
+        except (AuthenticationError, ProtocolViolationError) as exc:
+            _log.warning("handshake with %s refused: %s", name, exc)
+        except OSError as exc:
+            _log.debug("handshake with %s broke off: %s", name, exc)
+        finally:
+            if not taken:
+                sock.close()
+
+    async def _authenticate(self, sock: socket.socket, hello: _wire.Hello) -> tuple[Sealer, Sealer]:
+        secret = await self._secret()
+        nonce = os.urandom(_wire.NONCE_NBYTES)
+        proof = _wire.proof(secret, b"server", hello, nonce)
+        await _send_frame(sock, _wire.pack_challenge(_wire.Challenge(nonce, proof)))
+        answer = await _receive_frame(sock)
+        if not hmac.compare_digest(answer, _wire.proof(secret, b"client", hello, nonce)):
+            await _send_frame(sock, _BAD_SECRET)
+            raise AuthenticationError("it does not know the cluster's secret", peer="")
+        phase("peer.authenticated")
+        await _send_frame(sock, _WELCOME)
+        return _wire.sealers(secret, hello, nonce)
+
+    async def _take(
+        self, sock: socket.socket, hello: _wire.Hello, sealers: tuple[Sealer, Sealer]
+    ) -> bool:
+        incoming, outgoing = sealers
+        if hello.purpose == _wire.STREAM:
+            sock.settimeout(None)
+            return self._accept(hello.stream, hello.client, sock)
+        await self._start(sock, hello.client, (outgoing, incoming))
+        return True
+
+    async def _start(
+        self, sock: socket.socket, peer_id: bytes, sealers: tuple[Sealer, Sealer]
+    ) -> Connection:
+        reader, writer = await asyncio.open_connection(sock=sock)
+        connection = Connection(
+            reader,
+            writer,
+            peer_id=peer_id,
+            sealers=sealers,
+            handle=self._handle,
+            ended=self._ended,
+        )
+        self._connections.add(connection)
+        return connection
+
+    def _ended(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if all(other.peer_id != connection.peer_id for other in self._connections):
+            self._lost(connection.peer_id)
+
+    async def connect(
+        self, address: PeerAddress, purpose: str, stream: bytes = b""
+    ) -> tuple[socket.socket, tuple[Sealer, Sealer]]:
+        """Open and authenticate a connection.
+
+        Raises:
+            OwnerDiedError: Nobody, or another process, listens there.
+            PeerLostError: It cannot be reached.
+            AuthenticationError: The two ends do not share the secret.
+        """
+        loop = asyncio.get_running_loop()
+        secret = await self._secret()
+        hello = _wire.Hello(
+            purpose, self.runtime_id, address.runtime_id, os.urandom(_wire.NONCE_NBYTES), stream
+        )
+        sock = socket.socket(_family(address.host), socket.SOCK_STREAM)
+        sock.settimeout(0)
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                phase("peer.connecting")
+                await loop.sock_connect(sock, (address.host, address.port))
+                _tune(sock)
+                await _send_frame(sock, _wire.pack_hello(hello))
+                answer = await _receive_frame(sock)
+                if answer == _STALE:
+                    raise OwnerDiedError(
+                        f"{address} died: another process has its port now", owner=str(address)
+                    )
+                challenge = _wire.unpack_challenge(answer)
+                expected = _wire.proof(secret, b"server", hello, challenge.nonce)
+                if not hmac.compare_digest(challenge.proof, expected):
+                    raise _unproved(address)
+                await _send_frame(sock, _wire.proof(secret, b"client", hello, challenge.nonce))
+                if await _receive_frame(sock) != _WELCOME:
+                    raise _unproved(address)
+        except BaseException as exc:
+            sock.close()
+            if isinstance(exc, ConnectionRefusedError) or (
+                isinstance(exc, ConnectionResetError) and await _refuses(address)
+            ):
+                raise OwnerDiedError(
+                    f"{address} died: nobody listens there any more", owner=str(address)
+                ) from exc
+            if isinstance(exc, TimeoutError | OSError | ProtocolViolationError):
+                raise PeerLostError(
+                    f"{address} cannot be reached: {exc!r}; check that this host may "
+                    "connect to that address",
+                    peer=str(address),
+                ) from exc
+            raise
+        return sock, _wire.sealers(secret, hello, challenge.nonce)
+
+    async def control(self, address: PeerAddress) -> Connection:
+        """Open a control connection; raises as `connect`."""
+        sock, sealers = await self.connect(address, _wire.CONTROL)
+        return await self._start(sock, address.runtime_id, sealers)
+
+    async def aclose(self) -> None:
+        """Stop listening and end all connections. Idempotent."""
+        self._closed = True
+        self._listener.close()
+        for task in list(self._handshakes):
+            task.cancel()
+        for connection in list(self._connections):
+            await connection.aclose()
+
+
+async def _refuses(address: PeerAddress) -> bool:
+    """Whether nobody listens there any more: tells a death from a refusal in a handshake."""
+    with socket.socket(_family(address.host), socket.SOCK_STREAM) as sock:
+        sock.settimeout(0)
+        try:
+            async with asyncio.timeout(_VERDICT_SECONDS):
+                await asyncio.get_running_loop().sock_connect(sock, (address.host, address.port))
+        except ConnectionRefusedError:
+            return True
+        except (OSError, TimeoutError):
+            return False
+    return False
+
+
+def _unproved(address: PeerAddress) -> AuthenticationError:
+    return AuthenticationError(
+        f"{address} and this process do not share the cluster's secret: do they belong to the "
+        "same Ray cluster?",
+        peer=str(address),
+    )
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def listen(host: str) -> socket.socket:
+    """A listener on a free port of ``host``, and of no other address."""
+    listener = socket.socket(_family(host), socket.SOCK_STREAM)
+    try:
+        listener.bind((host, 0))
+        listener.listen(1024)
+        listener.settimeout(0)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+class RemotePeer(Peer):
+    """Another process, connected to when first needed. Its methods run on the io loop."""
+
+    def __init__(self, address: PeerAddress, network: Network) -> None:
+        self.address = address
+        self._network = network
+        self._connection: Connection | None = None
+        self._connecting: asyncio.Task[Connection] | None = None
+
+    async def _connected(self) -> Connection:
+        if self._connection is not None and not self._connection.closed.is_set():
+            return self._connection
+        if self._connecting is None:
+            self._connecting = asyncio.get_running_loop().create_task(
+                self._network.control(self.address)
+            )
+            self._connecting.add_done_callback(self._did_connect)
+        # Shared by all callers: one that is cancelled must not cancel it for the others.
+        return await asyncio.shield(self._connecting)
+
+    def _did_connect(self, task: asyncio.Task[Connection]) -> None:
+        self._connecting = None
+        if not task.cancelled() and task.exception() is None:
+            self._connection = task.result()
+
+    @override
+    async def reach(self) -> None:
+        await self._connected()
+
+    @override
+    async def call(self, request: Message) -> Message:
+        connection = await self._connected()
+        try:
+            return await connection.call(request)
+        except OSError as exc:
+            raise await self.verdict(exc, transport="control", nbytes=0) from exc
+
+    async def note(self, message: Message) -> None:
+        """Send a message that has no reply; lost if the peer is."""
+        with suppress(AiordtError, OSError):
+            await (await self._connected()).note(message)
+
+    @override
+    async def open_stream(self, stream: bytes) -> socket.socket:
+        await self._connected()  # its end tells the other side that the stream is orphaned
+        sock, _ = await self._network.connect(self.address, _wire.STREAM, stream)
+        sock.settimeout(None)
+        return sock
+
+    @override
+    async def verdict(self, cause: Exception, *, transport: str, nbytes: int) -> Exception:
+        connection = self._connection
+        if connection is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_VERDICT_SECONDS):
+                    await connection.closed.wait()
+        if connection is None or connection.closed.is_set():
+            return OwnerDiedError(
+                f"{self.address} died (its connection ended), and its tensors with it",
+                owner=str(self.address),
+            )
+        return TransferError(
+            f"{transport}: receiving {nbytes} bytes from {self.address} failed: {cause}",
+            transport=transport,
+            peer=str(self.address),
+            nbytes=nbytes,
+        )
+
+    async def aclose(self) -> None:
+        """Forget it; its connection ends with the network."""
+        if self._connecting is not None:
+            self._connecting.cancel()

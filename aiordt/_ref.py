@@ -1,0 +1,244 @@
+"""`TensorRef`: a tensor that lives in another process, to be awaited."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+import msgpack
+import torch
+from typing_extensions import override
+
+from aiordt import _ray, _wire
+from aiordt._errors import RefPicklingError
+from aiordt._landing import Header, describe, dtype_of, num_bytes
+from aiordt._runtime import current
+from aiordt._types import Owner
+from aiordt.abc import PeerAddress
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from ray import ObjectRef
+
+    from aiordt._wire import TensorMeta
+
+_ORIGIN_VERSION: Final = 1
+
+#: The refs alive in this process, by id: adding and discarding are atomic.
+live: Final[set[int]] = set()
+
+
+class Lease:
+    """What keeps exported tensors alive: a marker that Ray counts over the cluster."""
+
+    __slots__ = ("marker",)
+
+    def __init__(self, marker: ObjectRef[None]) -> None:
+        self.marker = marker
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        return Lease, (self.marker,)
+
+
+class TensorRef:
+    """A tensor of some process of the cluster; ``await`` it to have it here.
+
+    Made by `aiordt.method` and `aiordt.put`, never by hand. It may be passed to any actor or
+    task, in arguments, nested in them, returned, and sent on; the tensor stays where it is
+    until somebody awaits the ref, and lives for as long as any ref to it does, anywhere.
+
+    Every await gives a private copy, except in the process that owns the tensor, which gets
+    the tensor itself. Small tensors travel inside the ref by value, and are copies everywhere.
+
+    Refs are equal when they stand for the same tensor of the same export. They are not for
+    plain `pickle`, nor for capture in a remote function's closure: Ray cannot count such
+    copies.
+
+    Attributes:
+        owner: Who holds the tensor: a plain record, which does not keep an actor alive.
+        transport: The transport that the exporter demanded, or ``None``.
+    """
+
+    __slots__ = ("__weakref__", "_meta", "_packed", "cls", "header", "index", "inline", "lease")
+
+    header: Header
+    index: int
+    inline: bytes | None
+    lease: Lease | None
+    cls: type[torch.Tensor] | None
+
+    def __init__(  # noqa: PLR0917  (hot: keywords cost)
+        self,
+        header: Header,
+        index: int,
+        packed: bytes,
+        lease: Lease | None,
+        inline: bytes | None = None,
+        cls: type[torch.Tensor] | None = None,
+    ) -> None:
+        self.header = header
+        self.index = index
+        self.inline = inline
+        self.lease = lease
+        self.cls = cls
+        self._packed = packed
+        self._meta: TensorMeta | None = None
+        live.add(id(self))
+
+    def __del__(self) -> None:
+        live.discard(id(self))
+
+    @property
+    def meta(self) -> TensorMeta:
+        """The tensor's description as it travels (internal)."""
+        if self._meta is None:
+            self._meta = _wire.unpack_meta(self._packed)
+        return self._meta
+
+    @property
+    def released(self) -> bool:
+        """Whether `release` was called (internal)."""
+        return self.inline is None and self.lease is None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor."""
+        return torch.Size(self.meta.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return dtype_of(self.meta.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it is on at its owner."""
+        return torch.device("cpu")
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return num_bytes(self.meta)
+
+    @property
+    def owner(self) -> Owner:
+        """Who holds it."""
+        return self.header.owner
+
+    @property
+    def transport(self) -> str | None:
+        """The transport that the exporter demanded, or ``None``."""
+        return self.header.transport
+
+    def release(self) -> None:
+        """Give up this ref before it is garbage: it can no longer be awaited. Idempotent.
+
+        Copies of the ref, here and elsewhere, are not affected. What travelled by value is
+        forgotten.
+        """
+        self.inline = None
+        self.lease = None
+
+    def __await__(self) -> Generator[Any, None, torch.Tensor]:
+        return current().pull(self).__await__()
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorRef):
+            return NotImplemented
+        return self.index == other.index and self.header.key == other.header.key
+
+    @override
+    def __hash__(self) -> int:
+        return hash((self.header.key, self.index))
+
+    def __copy__(self) -> TensorRef:
+        return TensorRef(self.header, self.index, self._packed, self.lease, self.inline, self.cls)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TensorRef:
+        return self.__copy__()
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        raise _refused(self)
+
+    @override
+    def __repr__(self) -> str:
+        how = "inline" if self.inline is not None else f"{self.nbytes} bytes"
+        state = ", released" if self.released else ""
+        return f"<TensorRef {describe(self)}, {how}, owner {self.owner}{state}>"
+
+
+def _refused(ref: TensorRef) -> RefPicklingError:
+    return RefPicklingError(
+        f"a ref to {describe(ref)} of {ref.owner} was pickled outside Ray's own serialization (by "
+        "pickle, or captured in the closure of a remote function or class): Ray cannot count such "
+        "a copy. Pass the ref as an argument, or await it first"
+    )
+
+
+def _rebuild(  # noqa: PLR0917  (called by pickle)
+    header: Header,
+    index: int,
+    packed: bytes,
+    lease: Lease | None,
+    inline: bytes | None = None,
+    cls: type[torch.Tensor] | None = None,
+) -> TensorRef:
+    return TensorRef(header, index, packed, lease, inline, cls)
+
+
+def _reduce_ref(ref: TensorRef) -> tuple[object, ...]:
+    if not _ray.is_in_band():
+        raise _refused(ref)
+    args: tuple[object, ...] = (ref.header, ref.index, ref._packed, ref.lease)  # noqa: SLF001
+    if ref.cls is not None:
+        args += (ref.inline, ref.cls)
+    elif ref.inline is not None:
+        args += (ref.inline,)
+    return _rebuild, args
+
+
+@functools.lru_cache(maxsize=1024)
+def _unpack_origin(origin: bytes) -> tuple[PeerAddress, Owner]:
+    fields = msgpack.unpackb(origin, use_list=False)
+    _, host, port, runtime_id, pid, host_id, token_address, node_id, actor_id, name = fields[:10]
+    address = PeerAddress(host, port, runtime_id, pid, host_id, token_address)
+    return address, Owner(node_id, pid, actor_id, name)
+
+
+def _rebuild_header(origin: bytes, key: bytes, transport: str | None) -> Header:
+    """May run on Ray's callback thread or on an actor's loop: no call into Ray, no wait."""
+    address, owner = _unpack_origin(origin)
+    return Header(_ray.session_or_none(), origin, address, owner, key, transport)
+
+
+def _reduce_header(header: Header) -> tuple[object, ...]:
+    return _rebuild_header, (header.origin, header.key, header.transport)
+
+
+def make_header(key: bytes, transport: str | None) -> Header:
+    """The header of a result that this process exports."""
+    runtime = current()
+    address, owner = runtime.address, runtime.owner
+    fields: tuple[object, ...] = (
+        _ORIGIN_VERSION,
+        address.host,
+        address.port,
+        address.runtime_id,
+        address.pid,
+        address.host_id,
+        address.token_address,
+        owner.node_id,
+        owner.actor_id,
+        owner.actor_name,
+        {},
+    )
+    origin: bytes = msgpack.packb(fields)
+    return Header(runtime.session, origin, address, owner, key, transport)
+
+
+_ray.register_reducer(TensorRef, _reduce_ref)
+_ray.register_reducer(Header, _reduce_header)

@@ -1,0 +1,354 @@
+"""What this process exports: tensors by export key, storages by address range.
+
+The counting is `_refcount`'s; this shell adds tensors, locking and waiters. Any thread may
+call it: actor methods on the loops of their concurrency groups, the io thread, drivers.
+
+Invariants:
+    REG-1  A storage is identified by where it lies (address and size), never by a Python
+           object's id; it is kept alive for as long as it is exported.
+    REG-2  Between `is_free` saying yes and the caller's next await nothing on the same loop
+           can export, so the caller may write.
+    REG-3  What is being exported counts from the moment the export began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import torch
+from typing_extensions import override
+
+from aiordt import _device
+from aiordt._errors import InvalidValueError, TensorFreedError
+from aiordt._memory import in_memory_order, storage_range, view_memory
+from aiordt._progress import post, settle
+from aiordt._refcount import Freed, Held, Released, State, step
+from aiordt._types import MIB
+from aiordt._wire import new_key
+from aiordt.abc import Served, Source
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterable, Sequence
+
+    from aiordt._progress import Workers
+    from aiordt.abc import Event
+
+#: Storages from this size on have a lease each; the smaller ones of a result share one.
+LEASE_NBYTES: Final = 1 * MIB
+
+StorageKey: TypeAlias = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Export:
+    """The tensors of one result that this process holds for others.
+
+    Attributes:
+        key: 16 random bytes; whoever knows them may pull.
+        tensors: By index; ``None`` once their lease is gone.
+        groups: Indices that share a lease.
+        label: Where it was made, for people.
+        created: `time.monotonic` when it was made.
+        ready: What must have happened on the device before the bytes may be read.
+        seen_by: Runtime ids of processes that said they pulled it.
+        local: Whether it was awaited in this process.
+        warned: Whether the warning about that was given.
+    """
+
+    key: bytes
+    tensors: list[torch.Tensor | None]
+    groups: list[list[int]]
+    label: str
+    created: float
+    ready: Event
+    seen_by: set[bytes] = field(default_factory=set)
+    local: bool = False
+    warned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outstanding:
+    """An export that keeps storages in use, for people.
+
+    Attributes:
+        label: Where it was made.
+        age: Seconds since then.
+        num_tensors: How many of its tensors are still held.
+        seen_by: How many other processes are known to have pulled it.
+    """
+
+    label: str
+    age: float
+    num_tensors: int
+    seen_by: int
+
+    @override
+    def __str__(self) -> str:
+        pulled = f", pulled by {self.seen_by} processes" if self.seen_by else ""
+        plural = "" if self.num_tensors == 1 else "s"
+        return f"{self.label}: {self.num_tensors} tensor{plural}, {self.age:.1f} s old{pulled}"
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+    storages: set[StorageKey]
+
+
+class Registry(Source):
+    """All exports of one runtime."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._lock = threading.RLock()  # a tensor's death inside it may run anything
+        self._state: State[StorageKey] = State()
+        self._exports: dict[bytes, Export] = {}
+        self._leases: dict[object, tuple[Export, list[int]]] = {}
+        self._waiters: dict[StorageKey, set[_Waiter]] = {}
+
+    def begin(self, tensors: Sequence[torch.Tensor], label: str) -> Export:
+        """Start an export; it holds its tensors' storages until `commit` or `abandon`.
+
+        Returns:
+            The export, whose ``groups`` say how many leases it needs and for what.
+        """
+        small: list[int] = []
+        large: dict[StorageKey, list[int]] = {}
+        for index, tensor in enumerate(tensors):
+            where = storage_range(tensor)
+            if where[1] < LEASE_NBYTES:
+                small.append(index)
+            else:
+                large.setdefault(where, []).append(index)
+        groups = [*large.values(), *([small] if small else [])]
+        export = Export(
+            key=new_key(),
+            tensors=list(tensors),
+            groups=groups,
+            label=label,
+            created=time.monotonic(),
+            ready=_device.layer(tensors[0].device).record(tensors[0].device),
+        )
+        storages = frozenset(map(storage_range, tensors))
+        with self._lock:
+            self._exports[export.key] = export
+            step(self._state, Held(export.key, storages))  # REG-3
+        return export
+
+    def commit(self, export: Export, leases: Sequence[object]) -> None:
+        """Let ``leases``, one for each group, hold the export from now on."""
+        with self._lock:
+            for lease, group in zip(leases, export.groups, strict=True):
+                storages = frozenset(
+                    storage_range(tensor)
+                    for index in group
+                    if (tensor := export.tensors[index]) is not None
+                )
+                step(self._state, Held(lease, storages))
+                self._leases[lease] = (export, group)
+            self._apply(step(self._state, Released(export.key)))
+
+    def abandon(self, export: Export) -> None:
+        """Undo `begin`."""
+        with self._lock:
+            del self._exports[export.key]
+            self._apply(step(self._state, Released(export.key)))
+
+    def drop(self, leases: Iterable[object]) -> None:
+        """These leases are gone, over the whole cluster. Unknown ones are ignored."""
+        dead: list[torch.Tensor | None] = []  # freed outside the lock
+        with self._lock:
+            for lease in leases:
+                export, group = self._leases.pop(lease, (None, []))
+                if export is None:
+                    continue
+                for index in group:
+                    dead.append(export.tensors[index])
+                    export.tensors[index] = None
+                if all(tensor is None for tensor in export.tensors):
+                    self._exports.pop(export.key, None)
+                self._apply(step(self._state, Released(lease)))
+
+    def _apply(self, effects: list[Freed[StorageKey]]) -> None:
+        for effect in effects:
+            storage = effect.storage
+            for waiter in self._waiters.pop(storage, ()):
+                waiter.storages.discard(storage)
+                if not waiter.storages:
+                    post(waiter.loop, settle, waiter.future, None, None)
+
+    # --- waiting ---------------------------------------------------------------------------
+
+    def busy(self, ranges: Iterable[StorageKey]) -> set[StorageKey]:
+        """Exported storages that overlap any of ``ranges``: some, if there are any.
+
+        Cost:
+            A look-up for each range; only where none is found, a sweep over all exports for
+            those that overlap in part.
+        """
+        wanted = {(address, nbytes) for address, nbytes in ranges if nbytes}
+        with self._lock:
+            if not self._state.counts or not wanted:
+                return set()
+            exact = {key for key in wanted if key in self._state.counts}
+            if exact:
+                return exact
+            events: list[tuple[int, int, int, StorageKey]] = []
+            for kind, keys in ((0, wanted), (1, self._state.counts)):
+                for key in keys:
+                    events.append((key[0], 1, kind, key))
+                    events.append((key[0] + key[1], 0, kind, key))
+        events.sort()
+        open_now: tuple[set[StorageKey], set[StorageKey]] = (set(), set())
+        found: set[StorageKey] = set()
+        for _, starts, kind, key in events:
+            if not starts:
+                open_now[kind].discard(key)
+                continue
+            open_now[kind].add(key)
+            if kind == 1 and open_now[0]:
+                found.add(key)
+            elif kind == 0:
+                found |= open_now[1]
+        return found
+
+    def watch(self, storages: set[StorageKey]) -> _Waiter | None:
+        """A waiter whose future is done when all of ``storages`` have become free.
+
+        Returns:
+            ``None`` if they are free now. End it with `unwatch`.
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            held = {storage for storage in storages if storage in self._state.counts}
+            if not held:
+                return None
+            waiter = _Waiter(loop, loop.create_future(), held)
+            for storage in held:
+                self._waiters.setdefault(storage, set()).add(waiter)
+            return waiter
+
+    def unwatch(self, waiter: _Waiter) -> None:
+        """Forget a waiter."""
+        with self._lock:
+            for storage in waiter.storages:
+                waiters = self._waiters.get(storage)
+                if waiters is not None:
+                    waiters.discard(waiter)
+                    if not waiters:
+                        del self._waiters[storage]
+
+    def outstanding(self, storages: set[StorageKey]) -> list[Outstanding]:
+        """The exports that keep any of ``storages`` in use, oldest first."""
+        now = time.monotonic()
+        with self._lock:
+            found = []
+            for export in self._exports.values():
+                held = [
+                    tensor
+                    for tensor in export.tensors
+                    if tensor is not None and storage_range(tensor) in storages
+                ]
+                if held:
+                    age = now - export.created
+                    found.append(Outstanding(export.label, age, len(held), len(export.seen_by)))
+        return sorted(found, key=lambda row: -row.age)
+
+    # --- looking up ------------------------------------------------------------------------
+
+    def local(self, key: bytes, index: int) -> tuple[Export, torch.Tensor]:
+        """The exported tensor itself.
+
+        Raises:
+            TensorFreedError: It is not exported any more.
+        """
+        with self._lock:
+            export = self._exports.get(key)
+            tensor = export.tensors[index] if export and index < len(export.tensors) else None
+            if export is None or tensor is None:
+                raise TensorFreedError(
+                    "the owner gave this tensor up: no ref to it was left in the cluster"
+                )
+            return export, tensor
+
+    def seen(self, key: bytes, peer_id: bytes) -> Export | None:
+        """A peer says it pulled an export."""
+        with self._lock:
+            export = self._exports.get(key)
+            if export is not None:
+                export.seen_by.add(peer_id)
+            return export
+
+    def counts(self) -> tuple[int, int]:
+        """Tensors exported, and the bytes of the storages behind them."""
+        with self._lock:
+            num_tensors = sum(
+                tensor is not None for export in self._exports.values() for tensor in export.tensors
+            )
+            return num_tensors, sum(key[1] for key in self._state.counts)
+
+    @override
+    @asynccontextmanager
+    async def open(self, items: Sequence[tuple[bytes, int]], nbytes: int) -> AsyncGenerator[Served]:
+        holder = object()
+        with self._lock:
+            found = [self.local(key, index) for key, index in items]
+            tensors = [tensor for _, tensor in found]
+            step(self._state, Held(holder, frozenset(map(storage_range, tensors))))
+        try:
+            ordered = [in_memory_order(tensor) for tensor in tensors]
+            total = sum(tensor.nbytes for tensor in ordered)
+            if total != nbytes:
+                raise InvalidValueError(
+                    f"the owner has {total} bytes there, not {nbytes}: was the tensor resized in "
+                    "place after it was exported?"
+                )
+            if not all(tensor.is_contiguous() for tensor in ordered):
+                ordered = await self._workers.run(
+                    lambda: [tensor.contiguous() for tensor in ordered]
+                )
+            views = [view_memory(tensor.data_ptr(), tensor.nbytes) for tensor in ordered]
+            yield Served(views, found[0][0].ready)
+        finally:
+            with self._lock:
+                self._apply(step(self._state, Released(holder)))
+
+    def close(self) -> None:
+        """Give everything up; waiters are woken and see that the runtime has ended."""
+        with self._lock:
+            waiters = {waiter for group in self._waiters.values() for waiter in group}
+            self._waiters.clear()
+            self._exports.clear()
+            self._leases.clear()
+            self._state = State()
+        for waiter in waiters:
+            post(waiter.loop, settle, waiter.future, None, None)
+
+
+def check_exportable(tensor: torch.Tensor) -> None:
+    """Refuse, before anything is exported, what cannot arrive as it is.
+
+    Raises:
+        InvalidValueError: Says what the tensor is and what to do.
+    """
+    if tensor.layout is not torch.strided:
+        raise InvalidValueError(
+            f"a tensor with layout {tensor.layout} cannot be exported: export its parts "
+            "(.indices(), .values()), or .to_dense()"
+        )
+    if tensor.is_quantized:
+        raise InvalidValueError(
+            "a quantized tensor cannot be exported: export .int_repr() and its scale"
+        )
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise InvalidValueError(
+            f"{type(tensor).__qualname__} wraps other tensors (it defines __torch_dispatch__); "
+            "export what it wraps, for a DTensor .to_local()"
+        )
+    _device.layer(tensor.device)

@@ -1,0 +1,194 @@
+"""The way to each peer: which transport, proved once for each pair of processes, then kept."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aiordt._errors import OwnerDiedError, UnavailableError
+from aiordt._metrics import phase
+from aiordt._peer import RemotePeer
+from aiordt._progress import post
+from aiordt._types import Explanation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from aiordt._landing import Pullable
+    from aiordt._peer import Network
+    from aiordt._progress import IoThread
+    from aiordt._types import Owner
+    from aiordt.abc import Link, PeerAddress, Transport
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Way:
+    """The links to one peer, each made once and kept."""
+
+    peer: RemotePeer
+    links: dict[str, Link | UnavailableError] = field(default_factory=dict)
+    chosen: tuple[str, Link] | None = None
+
+
+class Routes:
+    """The ways from this process to others. Any thread and any loop may ask."""
+
+    def __init__(
+        self,
+        io: IoThread,
+        network: Network,
+        transports: Mapping[str, Transport],
+        preferred: Sequence[str],
+    ) -> None:
+        self._io = io
+        self._network = network
+        self._transports = transports
+        self._preferred = preferred
+        self._lock = threading.Lock()
+        self._ways: dict[bytes, _Way] = {}
+
+    def availability(self, name: str) -> str:
+        """Why a transport cannot be used in this process; empty if it can."""
+        if name not in self._preferred:
+            return f"not among this process's transports: {', '.join(self._preferred)}"
+        return self._transports[name].probe().reason
+
+    def known(self, peer_id: bytes, forced: str | None) -> tuple[str, Link] | None:
+        """The way to a peer, if it has been found already."""
+        way = self._ways.get(peer_id)
+        if way is None or forced is None:
+            return None if way is None else way.chosen
+        link = way.links.get(forced)
+        return None if link is None or isinstance(link, UnavailableError) else (forced, link)
+
+    def peer(self, address: PeerAddress) -> RemotePeer:
+        """The peer at an address."""
+        return self._way(address).peer
+
+    def _way(self, address: PeerAddress) -> _Way:
+        way = self._ways.get(address.runtime_id)
+        if way is None:
+            with self._lock:
+                made = _Way(RemotePeer(address, self._network))
+                way = self._ways.setdefault(address.runtime_id, made)
+        return way
+
+    def forget(self, peer_id: bytes) -> None:
+        """A peer is gone. On the io loop.
+
+        One-sided links close with their last user; what streams, ends with its connection.
+        """
+        with self._lock:
+            way = self._ways.pop(peer_id, None)
+        for link in () if way is None else way.links.values():
+            if not isinstance(link, UnavailableError) and link.death_fd is not None:
+                self._io.loop.remove_reader(link.death_fd)
+
+    async def _link(self, way: _Way, name: str) -> Link:
+        """The link by one transport.
+
+        Raises:
+            UnavailableError: It cannot work; remembered for this peer.
+            OwnerDiedError: The peer is gone, and is forgotten.
+        """
+        known = way.links.get(name)
+        if known is None:
+            reason = self.availability(name)
+            try:
+                if reason:
+                    raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name)
+                made = await self._transports[name].connect(way.peer)
+            except UnavailableError as exc:
+                known = way.links.setdefault(name, exc.with_traceback(None))
+            except OwnerDiedError:
+                post(self._io.loop, self.forget, way.peer.address.runtime_id)
+                raise
+            else:
+                known = way.links.setdefault(name, made)
+                if known is made and made.death_fd is not None:
+                    post(self._io.loop, self._watch, made.death_fd, way)
+        if isinstance(known, UnavailableError):
+            raise UnavailableError(str(known), reason=known.reason, transport=known.transport)
+        return known
+
+    def _watch(self, death_fd: int, way: _Way) -> None:
+        peer_id = way.peer.address.runtime_id
+        if self._ways.get(peer_id) is way:
+            self._io.loop.add_reader(death_fd, self.forget, peer_id)
+
+    async def find(
+        self, address: PeerAddress, owner: Owner, forced: str | None
+    ) -> tuple[str, Link]:
+        """The transport to use for a peer, and the link.
+
+        Args:
+            address: Where the peer is.
+            owner: Who it is, for messages.
+            forced: Use this transport or none.
+
+        Raises:
+            UnavailableError: None, or not the one demanded, reaches it; says why each.
+            OwnerDiedError: The peer is gone.
+            PeerLostError: It cannot be reached.
+        """
+        way = self._way(address)
+        if forced is not None:
+            return forced, await self._link(way, forced)
+        if way.chosen is not None:
+            return way.chosen
+        phase("route.negotiating")
+        reasons = []
+        for name in self._preferred:
+            try:
+                link = await self._link(way, name)
+            except UnavailableError as exc:
+                reasons.append(str(exc))
+                continue
+            way.chosen = (name, link)
+            _log.info(
+                "transport chosen peer=%s transport=%s because=%s",
+                owner,
+                name,
+                "; ".join(reasons) or "first choice",
+            )
+            return way.chosen
+        reason = "; ".join(reasons)
+        raise UnavailableError(
+            f"no transport reaches {owner}: {reason}", reason=reason, transport="any"
+        )
+
+    async def explain(self, ref: Pullable, here: bytes) -> Explanation:
+        """See `aiordt.explain`; ``here`` is this process's runtime id."""
+        forced = ref.header.transport
+        reasons: dict[str, str] = {}
+        chosen: str | None = None
+        if ref.inline is not None:
+            chosen, reasons["inline"] = "inline", "the bytes travel inside the ref"
+        elif forced is not None:
+            reasons["inline"] = "the exporter demanded a transport"
+        else:
+            reasons["inline"] = (
+                "over the exporter's inline_nbytes or the rest of inline_result_nbytes"
+            )
+        if ref.header.address.runtime_id != here:
+            reasons["local"] = f"the owner is another process, {ref.header.owner}"
+        elif chosen is None:
+            chosen, reasons["local"] = "local", "this process owns the tensor: no copy"
+        for name in self._transports:
+            if chosen in {"local", "inline"}:
+                reasons[name] = "not needed"
+            elif forced is not None and name != forced:
+                reasons[name] = f"the exporter demanded {forced}"
+            else:
+                try:
+                    await self._link(self._way(ref.header.address), name)
+                except UnavailableError as exc:
+                    reasons[name] = exc.reason
+                    continue
+                reasons[name] = "usable" if chosen is None else f"usable; {chosen} is preferred"
+                chosen = chosen or name
+        return Explanation(chosen, reasons)

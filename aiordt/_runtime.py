@@ -1,0 +1,423 @@
+"""One runtime per process: it exports, serves, finds the way to others, and pulls.
+
+It starts with the first use in a Ray session and ends with the process or the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import ctypes
+import logging
+import os
+import threading
+import warnings
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from aiordt import _config, _ray, _wire
+from aiordt._errors import (
+    ClosedError,
+    OwnerDiedError,
+    TensorFreedError,
+)
+from aiordt._landing import (
+    Header,
+    Pullable,
+    copy_into,
+    describe,
+    dress,
+    dtype_of,
+    land,
+    num_bytes,
+    unpack_inline,
+)
+from aiordt._memory import Pool
+from aiordt._metrics import Counters, phase
+from aiordt._peer import Network, listen
+from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
+from aiordt._registry import Registry
+from aiordt._route import Routes
+from aiordt._types import MIB
+from aiordt.abc import PeerAddress
+from aiordt.transports.cma import CmaTransport, allow_readers, host_id
+from aiordt.transports.tcp import TcpTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiordt._config import Config
+    from aiordt._ray import Session
+    from aiordt._registry import Export
+    from aiordt._types import Explanation, Owner
+    from aiordt._wire import Message
+    from aiordt.abc import Link, Transport
+
+_log = logging.getLogger(__name__)
+
+#: Notes to owners ("I pulled this") are gathered for so long.
+_NOTE_SECONDS: Final = 0.05
+#: Bytes that awaits may copy on the caller's loop before one of them lets others run.
+_COURTESY_NBYTES: Final = 4 * MIB
+#: Larger copies are made on a worker thread.
+_COPY_ON_LOOP_NBYTES: Final = MIB
+
+
+class SharedTensorWarning(UserWarning):
+    """A tensor is used by its owner and, at the same time, by others; in-place writes show."""
+
+
+class Runtime:
+    """aiordt in this process. Made by `current`."""
+
+    def __init__(self, session: Session, config: Config) -> None:
+        self.session = session
+        self.config = config
+        self.pid = os.getpid()
+        self.counters = Counters()
+        self.pool = Pool(config.pool_nbytes)
+        self.workers = Workers("worker", 4)
+        self.registry = Registry(self.workers)
+        self.closed = False
+        self._admission = Admission(config.max_in_flight_bytes)
+        self._owner: Owner | None = None
+        self._inline_nbytes = 0
+        self._secret: asyncio.Task[bytes] | None = None
+        runtime_id = os.urandom(_wire.NONCE_NBYTES)
+        self._token = ctypes.create_string_buffer(runtime_id, len(runtime_id))
+        host = _ray.node_ip()
+        listener = listen(host)
+        self.io = IoThread()
+        self.address = PeerAddress(
+            host,
+            listener.getsockname()[1],
+            runtime_id,
+            self.pid,
+            host_id(),
+            ctypes.addressof(self._token),
+        )
+        allow_readers()
+        self.tcp = TcpTransport(self.io, self.registry, num_streams=config.tcp_streams)
+        self._transports: dict[str, Transport] = {"cma": CmaTransport(), "tcp": self.tcp}
+        dropped = Inbox(self.io.loop, self.registry.drop)
+        self.markers = _ray.Markers(self.workers, dropped.put)
+        self._notes = Inbox(self.io.loop, self._send_notes)
+        self._network = Network(
+            listener,
+            runtime_id,
+            secret=self._read_secret,
+            handle=self._handle,
+            accept=self.tcp.accept,
+            lost=self._lost,
+        )
+        self.routes = Routes(self.io, self._network, self._transports, config.transports)
+        post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
+
+    @property
+    def owner(self) -> Owner:
+        """Who this process is, as it stands in its refs."""
+        if self._owner is None:
+            self._owner = _ray.identity()
+        return self._owner
+
+    async def _read_secret(self) -> bytes:
+        if self._secret is None or (self._secret.done() and self._secret.exception()):
+
+            async def read() -> bytes:
+                return await self.workers.run(_ray.read_secret)
+
+            self._secret = asyncio.get_running_loop().create_task(read())
+        return await asyncio.shield(self._secret)
+
+    # --- serving: on the io loop -----------------------------------------------------------
+
+    async def _handle(self, message: Message, peer_id: bytes) -> Message | None:
+        if isinstance(message, _wire.Seen):
+            for key in message.keys:
+                export = self.registry.seen(key, peer_id)
+                if export is not None:
+                    warn_if_shared(export)
+            return None
+        for transport in self._transports.values():
+            reply = await transport.serve(message, peer_id)
+            if reply is not None:
+                return reply
+        return None
+
+    def _lost(self, peer_id: bytes) -> None:
+        self.tcp.forget(peer_id)
+        self.routes.forget(peer_id)
+
+    def _send_notes(self, headers: list[Header]) -> None:
+        async def send() -> None:
+            await asyncio.sleep(_NOTE_SECONDS)
+            keys: dict[bytes, tuple[Header, list[bytes]]] = {}
+            for header in headers:
+                keys.setdefault(header.address.runtime_id, (header, []))[1].append(header.key)
+            for header, noted in keys.values():
+                await self.routes.peer(header.address).note(_wire.Seen(noted))
+
+        self.io.spawn(send())
+
+    async def explain(self, ref: Pullable) -> Explanation:
+        """See `aiordt.explain`."""
+        self._check(ref)
+        return await self.routes.explain(ref, self.address.runtime_id)
+
+    # --- pulling ---------------------------------------------------------------------------
+
+    def _check(self, ref: Pullable) -> None:
+        if ref.header.session is not self.session or self.closed:
+            raise ClosedError(
+                "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
+            )
+        if ref.released:
+            raise TensorFreedError("this ref was released: release() gave its tensor up")
+
+    def _here(self, ref: Pullable) -> torch.Tensor | None:
+        """The tensor, if its bytes need not be moved."""
+        meta = ref.meta
+        if ref.inline is not None:
+            return unpack_inline(ref, ref.inline)
+        if ref.header.address.runtime_id == self.address.runtime_id:
+            export, tensor = self.registry.local(ref.header.key, ref.index)
+            if num_bytes(meta) != tensor.nbytes:
+                raise TensorFreedError(
+                    f"the tensor was resized after {export.label} exported it; do that to a copy"
+                )
+            export.local = True
+            warn_if_shared(export)
+            return tensor
+        if num_bytes(meta) == 0:
+            return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
+        return None
+
+    def pull_nowait(self, ref: Pullable, transport: str | None) -> torch.Tensor | None:
+        """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
+        self._check(ref)
+        tensor = self._here(ref)
+        if tensor is not None:
+            if ref.inline is not None:
+                self.counters.pulled("inline", 1, len(ref.inline))
+            return tensor
+        forced = transport or ref.header.transport
+        found = self.routes.known(ref.header.address.runtime_id, forced)
+        if found is None:
+            return None
+        name, link = found
+        nbytes = num_bytes(ref.meta)
+        if self._inline_nbytes + nbytes > _COURTESY_NBYTES:
+            return None  # the slow path gives the loop a turn
+        if nbytes > link.nowait_nbytes:
+            return None
+        landing = land(ref, self.pool)
+        if not link.read_nowait([landing.part]):
+            return None
+        self._inline_nbytes += nbytes
+        self._arrived([ref], name, nbytes)
+        return landing.finish()
+
+    async def pull(self, ref: Pullable, transport: str | None = None) -> torch.Tensor:
+        """Pull one ref."""
+        tensor = self.pull_nowait(ref, transport)
+        if tensor is not None:
+            return tensor
+        return (await self.pull_all([ref], transport))[0]
+
+    async def pull_all(
+        self,
+        refs: Sequence[Pullable],
+        transport: str | None = None,
+        into: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Pull many refs: concurrently from each owner, in one batch from the same.
+
+        Args:
+            refs: What to pull; all are checked before anything moves.
+            transport: Use this one only.
+            into: Tensors to receive into, of the refs' shapes and dtypes.
+
+        Returns:
+            The tensors, in order; those of ``into`` if it was given.
+        """
+        for ref in refs:
+            self._check(ref)
+        self._inline_nbytes = 0
+        await asyncio.sleep(0)
+        results: list[torch.Tensor | None] = [None] * len(refs)
+        batches: dict[tuple[bytes, str | None], list[int]] = {}
+        for index, ref in enumerate(refs):
+            tensor = self._here(ref)
+            if tensor is None:
+                forced = transport or ref.header.transport
+                batches.setdefault((ref.header.address.runtime_id, forced), []).append(index)
+                continue
+            if ref.inline is not None:
+                self.counters.pulled("inline", 1, len(ref.inline))
+            results[index] = tensor
+            if into is not None:
+                results[index] = await self._copied(into[index], tensor)
+
+        async def pull_batch(forced: str | None, indices: list[int]) -> None:
+            header = refs[indices[0]].header
+            name, link = await self._found(header, forced)
+            for some in self._admissible(refs, indices):
+                batch = [refs[index] for index in some]
+                targets = None if into is None else [into[index] for index in some]
+                tensors = await self._pull_batch(batch, targets, name, link)
+                for index, tensor in zip(some, tensors, strict=True):
+                    results[index] = tensor
+
+        if batches:
+            await run_all([pull_batch(forced, indices) for (_, forced), indices in batches.items()])
+        return [tensor for tensor in results if tensor is not None]
+
+    async def _found(self, header: Header, forced: str | None) -> tuple[str, Link]:
+        try:
+            return await self.routes.find(header.address, header.owner, forced)
+        except OwnerDiedError as exc:
+            raise OwnerDiedError(
+                f"{header.owner} died, and its tensors with it ({exc})", owner=str(header.owner)
+            ) from exc
+
+    def _admissible(self, refs: Sequence[Pullable], indices: list[int]) -> list[list[int]]:
+        """Cut a batch into some that `max_in_flight_bytes` lets in."""
+        batches: list[list[int]] = [[]]
+        room = self.config.max_in_flight_bytes
+        for index in indices:
+            nbytes = num_bytes(refs[index].meta)
+            if batches[-1] and nbytes > room:
+                batches.append([])
+                room = self.config.max_in_flight_bytes
+            batches[-1].append(index)
+            room -= nbytes
+        return batches
+
+    async def _pull_batch(
+        self,
+        refs: Sequence[Pullable],
+        into: Sequence[torch.Tensor] | None,
+        name: str,
+        link: Link,
+    ) -> list[torch.Tensor]:
+        """One read; ``refs``, held by the caller's frame, keep the leases until it has ended."""
+        nbytes = sum(num_bytes(ref.meta) for ref in refs)
+        await self._admission.acquire(nbytes)
+        self.counters.started(len(refs))
+        try:
+            phase("pull.admitted")
+            landings = [
+                land(ref, self.pool, None if into is None else into[index])
+                for index, ref in enumerate(refs)
+            ]
+            parts = [landing.part for landing in landings]
+            try:
+                if not link.read_nowait(parts):
+                    await link.read(parts)
+            except OwnerDiedError as exc:
+                raise OwnerDiedError(
+                    f"{refs[0].header.owner} died while (or before) {describe(refs[0])} was "
+                    "pulled; the tensor is lost with it",
+                    owner=str(refs[0].header.owner),
+                ) from exc
+            phase("pull.arrived")
+        finally:
+            self.counters.ended(len(refs))
+            self._admission.release(nbytes)
+        self._arrived(refs, name, sum(part.nbytes for part in parts))
+        if sum(landing.copy_nbytes for landing in landings) > _COPY_ON_LOOP_NBYTES:
+            work = self.workers.run(lambda: [landing.finish() for landing in landings])
+            return await finish(work)  # OWN-1: it may write to the caller's tensors
+        return [landing.finish() for landing in landings]
+
+    async def _copied(self, into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.nbytes > _COPY_ON_LOOP_NBYTES:
+            return await finish(self.workers.run(lambda: copy_into(into, tensor)))
+        return copy_into(into, tensor)
+
+    def _arrived(self, refs: Sequence[Pullable], name: str, nbytes: int) -> None:
+        self.counters.pulled(name, len(refs), nbytes)
+        for ref in refs:
+            if not ref.header.noted:
+                ref.header.noted = True
+                self._notes.put(ref.header)
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def close(self, timeout: float = 1.0) -> None:
+        """End this runtime; every pending wait ends. Blocks for ``timeout`` s at most."""
+        if self.closed:
+            return
+        self.closed = True
+        self.markers.close()
+        self.registry.close()
+
+        async def cleanup() -> None:
+            await self._network.aclose()
+            for transport in self._transports.values():
+                await transport.aclose()
+
+        if self.pid == os.getpid():
+            self.io.close(cleanup(), timeout)
+        self.workers.close()
+        self.pool.close()
+
+
+def warn_if_shared(export: Export) -> None:
+    """Warn, once, when a tensor is used both here, as itself, and elsewhere, as copies."""
+    if export.local and export.seen_by and not export.warned:
+        export.warned = True
+        warnings.warn(
+            f"a tensor exported by {export.label} was awaited both by its owner, which got the "
+            "tensor itself, and by other processes, which got copies: in-place changes by the "
+            "owner may or may not be seen there. Clone it, or export it with snapshot=True",
+            SharedTensorWarning,
+            stacklevel=2,
+        )
+
+
+class _Current:
+    runtime: Runtime | None = None
+
+
+_lock = threading.Lock()
+
+
+def current() -> Runtime:
+    """The runtime of this process, started if need be (about 0.3 ms, once).
+
+    Raises:
+        UsageError: Ray is not initialized here.
+    """
+    session = _ray.session()
+    runtime = _Current.runtime
+    if runtime is not None and runtime.session is session and runtime.pid == os.getpid():
+        return runtime
+    with _lock:
+        runtime = _Current.runtime
+        if runtime is not None and runtime.session is session and runtime.pid == os.getpid():
+            return runtime
+        if runtime is None:
+            atexit.register(close)
+        else:
+            _config.release()
+            threading.Thread(target=runtime.close, daemon=True).start()
+        _Current.runtime = Runtime(session, _config.take())
+        return _Current.runtime
+
+
+def current_or_none() -> Runtime | None:
+    """The runtime, if it has been started and its session goes on."""
+    runtime = _Current.runtime
+    return runtime if runtime is not None and runtime.session.alive else None
+
+
+def close() -> None:
+    """End the runtime of this process, if there is one."""
+    with _lock:
+        runtime = _Current.runtime
+        _Current.runtime = None
+    if runtime is not None:
+        _config.release()
+        runtime.close()

@@ -1,0 +1,386 @@
+"""Bytes on the wire: tensor metadata, control frames, the handshake. Pure: no I/O, no clock.
+
+Every format starts with a version and ends with an extension map, so that a newer peer can
+add facts that an older one ignores. Lengths are bounded before anything is parsed, and
+nothing is ever unpickled.
+
+Invariants:
+    WIRE-1  A frame that was altered, repeated, left out, reordered or reflected is refused.
+    WIRE-2  Any byte string decodes to a message or raises `ProtocolViolationError`.
+    WIRE-3  A handshake answer is of use only for the nonces and ids it was made for.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import struct
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import msgpack
+
+from aiordt._errors import ProtocolViolationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VERSION: Final = 1
+MAX_FRAME: Final = 2 << 20
+MAX_HANDSHAKE: Final = 1 << 10
+NONCE_NBYTES: Final = 16
+KEY_NBYTES: Final = 16
+HEADER: Final = struct.Struct("!I")
+_MAC_NBYTES: Final = 16
+_SEQUENCE: Final = struct.Struct("!Q")
+
+
+def new_key() -> bytes:
+    """A key that nobody can guess."""
+    return os.urandom(KEY_NBYTES)
+
+
+# --- tensors -------------------------------------------------------------------------------
+
+FLAG_REQUIRES_GRAD: Final = 1
+FLAG_PARAMETER: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """What a consumer must know of one exported tensor.
+
+    Attributes:
+        dtype: Code of the dtype (`aiordt._types.DTYPES`).
+        flags: ``FLAG_*`` bits.
+        shape: Sizes, in elements.
+        stride: Strides in elements; ``None`` when contiguous.
+        address: Address of element 0 in the owner; 0 when inline.
+    """
+
+    dtype: int
+    flags: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    address: int
+
+
+def pack_meta(meta: TensorMeta) -> bytes:
+    """Encode ``meta``: about 20 bytes for a contiguous matrix."""
+    packed: bytes = msgpack.packb((meta.dtype, meta.flags, meta.shape, meta.stride, meta.address))
+    return packed
+
+
+def unpack_meta(data: bytes) -> TensorMeta:
+    """Decode what `pack_meta` made; further fields are ignored."""
+    dtype, flags, shape, stride, address = msgpack.unpackb(data, use_list=False)[:5]
+    return TensorMeta(dtype, flags, shape, stride, address)
+
+
+# --- control messages ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all control messages; subclasses name their field types in ``schema``."""
+
+    code: ClassVar[int]
+    schema: ClassVar[tuple[type, ...]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pull(Message):
+    """Ask an owner for tensors.
+
+    Attributes:
+        items: Pairs of export key and index.
+        nbytes: Bytes of all of them together, as the asker understands it.
+        streams: Ids of open payload streams to send on; empty: in the reply.
+    """
+
+    code: ClassVar[int] = 1
+    schema: ClassVar[tuple[type, ...]] = (list, int, list)
+    items: list[tuple[bytes, int]]
+    nbytes: int
+    streams: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class PullReply(Message):
+    """The payload follows on the streams, or is here."""
+
+    code: ClassVar[int] = 2
+    schema: ClassVar[tuple[type, ...]] = (bytes,)
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Seen(Message):
+    """Note to an owner: these exports were pulled by the sender. No reply."""
+
+    code: ClassVar[int] = 3
+    schema: ClassVar[tuple[type, ...]] = (list,)
+    keys: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure(Message):
+    """The reply to a request that failed.
+
+    Attributes:
+        kind: Name of the error class in `aiordt._errors`.
+        text: Its message.
+    """
+
+    code: ClassVar[int] = 4
+    schema: ClassVar[tuple[type, ...]] = (str, str)
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """The asker of request ``number`` no longer wants its answer."""
+
+    code: ClassVar[int] = 5
+    schema: ClassVar[tuple[type, ...]] = (int,)
+    number: int
+
+
+_MESSAGES: Final[dict[int, type[Message]]] = {
+    cls.code: cls for cls in (Pull, PullReply, Seen, Failure, Cancel)
+}
+
+KIND_REQUEST: Final = 0
+KIND_REPLY: Final = 1
+KIND_NOTE: Final = 2
+
+
+def encode(kind: int, number: int, message: Message) -> bytes:
+    """Encode one control message.
+
+    Args:
+        kind: ``KIND_*``.
+        number: Of the request, or of the request that is answered.
+        message: The body.
+    """
+    body = [getattr(message, field.name) for field in fields(message)]
+    data: bytes = msgpack.packb((VERSION, kind, number, message.code, body, {}))
+    return data
+
+
+def decode(data: bytes) -> tuple[int, int, Message]:
+    """Decode what `encode` made, checking every type.
+
+    Raises:
+        ProtocolViolationError: ``data`` is not such a message (WIRE-2).
+    """
+    version, kind, number, code, body, _ = _unpack_list(data, 6, "a control message")
+    if version != VERSION:
+        raise ProtocolViolationError(f"control message of version {version!r}, not {VERSION}")
+    cls = _MESSAGES.get(code) if type(code) is int else None
+    if cls is None or type(body) is not list or len(body) < len(cls.schema):
+        raise ProtocolViolationError(f"unknown control message {code!r}")
+    if kind not in {KIND_REQUEST, KIND_REPLY, KIND_NOTE} or type(number) is not int:
+        raise ProtocolViolationError(f"control message of unknown kind {kind!r}")
+    values = body[: len(cls.schema)]
+    for value, expected in zip(values, cls.schema, strict=True):
+        if type(value) is not expected or (isinstance(value, int) and value < 0):
+            raise ProtocolViolationError(f"{cls.__name__}: {expected.__name__} expected")
+    if cls is Pull:
+        values = [_checked_items(values[0]), values[1], _checked_ids(values[2])]
+    elif cls is Seen:
+        values = [_checked_ids(values[0])]
+    return kind, number, cls(*values)
+
+
+def _checked_ids(values: list[Any]) -> list[bytes]:
+    if not all(type(value) is bytes and len(value) == KEY_NBYTES for value in values):
+        raise ProtocolViolationError("a list of 16-byte ids was expected")
+    return values
+
+
+def _checked_items(values: list[Any]) -> list[tuple[bytes, int]]:
+    items = []
+    for value in values:
+        if type(value) is not list or len(value) != 2:
+            raise ProtocolViolationError("a list of (key, index) was expected")
+        key, index = value
+        if type(key) is not bytes or type(index) is not int or index < 0:
+            raise ProtocolViolationError("a list of (key, index) was expected")
+        items.append((key, index))
+    return items
+
+
+class Sealer:
+    """One direction of an authenticated connection: frames with a MAC and a sequence number."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._sequence = 0
+
+    def _mac(self, payload: bytes) -> bytes:
+        digest = blake2b(_SEQUENCE.pack(self._sequence), key=self._key, digest_size=_MAC_NBYTES)
+        digest.update(payload)
+        self._sequence += 1
+        return digest.digest()
+
+    def seal(self, payload: bytes) -> bytes:
+        """A whole frame: length, MAC, payload.
+
+        Raises:
+            ProtocolViolationError: The payload is longer than a frame may be.
+        """
+        length = _MAC_NBYTES + len(payload)
+        if length > MAX_FRAME:
+            raise ProtocolViolationError(f"a frame of {length} bytes; {MAX_FRAME} is the limit")
+        return HEADER.pack(length) + self._mac(payload) + payload
+
+    def open(self, body: bytes) -> bytes:
+        """The payload of a frame whose header has been read.
+
+        Raises:
+            ProtocolViolationError: The MAC is wrong (WIRE-1).
+        """
+        payload = body[_MAC_NBYTES:]
+        if not hmac.compare_digest(self._mac(payload), body[:_MAC_NBYTES]):
+            raise ProtocolViolationError("a frame's authentication code is wrong")
+        return payload
+
+
+def frame_length(header: bytes, *, limit: int = MAX_FRAME) -> int:
+    """The length that a frame's header announces.
+
+    Raises:
+        ProtocolViolationError: It is over ``limit``, or nothing would follow.
+    """
+    (length,) = HEADER.unpack(header)
+    if not 0 < length <= limit:
+        raise ProtocolViolationError(f"a frame of {length} bytes; {limit} is the limit")
+    return int(length)
+
+
+# --- handshake -----------------------------------------------------------------------------
+
+CONTROL: Final = "control"
+STREAM: Final = "stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a connecting process says first.
+
+    Attributes:
+        purpose: ``CONTROL`` or ``STREAM``.
+        client: Runtime id of the connecting process.
+        server: Runtime id of the process it wants.
+        nonce: Fresh random bytes.
+        stream: Id of the stream, for ``STREAM``.
+    """
+
+    purpose: str
+    client: bytes
+    server: bytes
+    nonce: bytes
+    stream: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """The server's answer, which proves that it knows the secret."""
+
+    nonce: bytes
+    proof: bytes
+
+
+def pack_hello(hello: Hello) -> bytes:
+    """Encode a `Hello`."""
+    data: bytes = msgpack.packb(
+        (VERSION, hello.purpose, hello.client, hello.server, hello.nonce, hello.stream, {})
+    )
+    return data
+
+
+def unpack_hello(data: bytes) -> Hello:
+    """Decode and check a `Hello`.
+
+    Raises:
+        ProtocolViolationError: It is not one, or of another version.
+    """
+    version, purpose, client, server, nonce, stream, _ = _unpack_handshake(data, 7)
+    if version != VERSION:
+        raise ProtocolViolationError(f"handshake of version {version!r}, not {VERSION}")
+    if purpose not in {CONTROL, STREAM}:
+        raise ProtocolViolationError(f"handshake for unknown purpose {purpose!r}")
+    for value in (client, server, nonce):
+        if type(value) is not bytes or len(value) != NONCE_NBYTES:
+            raise ProtocolViolationError("handshake with a malformed id or nonce")
+    if type(stream) is not bytes or len(stream) != (NONCE_NBYTES if purpose == STREAM else 0):
+        raise ProtocolViolationError("handshake with a malformed stream id")
+    return Hello(purpose, client, server, nonce, stream)
+
+
+def pack_challenge(challenge: Challenge) -> bytes:
+    """Encode a `Challenge`."""
+    data: bytes = msgpack.packb((VERSION, challenge.nonce, challenge.proof, {}))
+    return data
+
+
+def unpack_challenge(data: bytes) -> Challenge:
+    """Decode and check a `Challenge`.
+
+    Raises:
+        ProtocolViolationError: It is not one, or of another version.
+    """
+    version, nonce, proof, _ = _unpack_handshake(data, 4)
+    if version != VERSION or type(nonce) is not bytes or type(proof) is not bytes:
+        raise ProtocolViolationError("malformed answer in the handshake")
+    if len(nonce) != NONCE_NBYTES:
+        raise ProtocolViolationError("handshake with a malformed nonce")
+    return Challenge(nonce, proof)
+
+
+def _unpack_handshake(data: bytes, num_fields: int) -> Sequence[Any]:
+    if len(data) > MAX_HANDSHAKE:
+        raise ProtocolViolationError("not a handshake: too long")
+    return _unpack_list(data, num_fields, "a handshake")
+
+
+def _unpack_list(data: bytes, num_fields: int, what: str) -> Sequence[Any]:
+    """The first fields of a msgpack list; what a newer peer appended is ignored."""
+    try:
+        values = msgpack.unpackb(data, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as exc:
+        raise ProtocolViolationError(f"not {what}: {type(exc).__name__}") from exc
+    if type(values) is not list or len(values) < num_fields:
+        raise ProtocolViolationError(f"not {what}")
+    return values[:num_fields]
+
+
+def proof(secret: bytes, role: bytes, hello: Hello, server_nonce: bytes) -> bytes:
+    """What the end in ``role`` answers to show that it knows ``secret`` (WIRE-3).
+
+    The transcript is part of it, so an answer cannot be used for other ids, another
+    purpose, another direction or another time.
+    """
+    transcript = b"".join((b"aiordt/1 ", role, b" ", pack_hello(hello), server_nonce))
+    return hmac.digest(secret, transcript, "sha256")
+
+
+def sealers(secret: bytes, hello: Hello, server_nonce: bytes) -> tuple[Sealer, Sealer]:
+    """The sealers of a connection: client to server, server to client."""
+    return (
+        Sealer(proof(secret, b"key client to server", hello, server_nonce)),
+        Sealer(proof(secret, b"key server to client", hello, server_nonce)),
+    )
+
+
+def stripes(nbytes: int, count: int) -> list[tuple[int, int]]:
+    """How a payload is spread over ``count`` streams: (start, stop) of each, in bytes.
+
+    Both ends compute it. Cuts fall on 4 KiB, so that no page is written by two threads.
+    """
+    step = -(-nbytes // count)
+    step = -(-step // 4096) * 4096
+    return [(min(i * step, nbytes), min((i + 1) * step, nbytes)) for i in range(count)]

@@ -1,0 +1,1 @@
+"""Ways of moving bytes between processes; each implements `aiordt.abc.Transport`."""

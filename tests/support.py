@@ -1,0 +1,118 @@
+"""What the tests of a live cluster share: one general actor, polling, a coverage flusher."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import coverage
+import ray
+import torch
+
+import aiordt
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+MIB = 1 << 20
+
+
+class NodeActor(aiordt.AsyncActor):
+    """An async actor that does what a test tells it to."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    @aiordt.method
+    async def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(self, ...)``, its tensors as refs."""
+        return await _called(function, self, *args)
+
+    @aiordt.method(snapshot=True)
+    async def make_snapshot(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await _called(function, self, *args)
+
+    @aiordt.method(transport="tcp")
+    async def make_tcp(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await _called(function, self, *args)
+
+    @aiordt.method(transport="cma")
+    async def make_cma(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await _called(function, self, *args)
+
+    @aiordt.method
+    async def stream(self, function: Callable[..., Any], *args: Any) -> AsyncIterator[Any]:
+        async for item in function(self, *args):
+            yield item
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(self, ...)`` as it is."""
+        return await _called(function, self, *args)
+
+    async def pull(self, tree: Any) -> Any:
+        """Pull and send back by value, so that the test can compare."""
+        return await aiordt.get(tree)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    def stats(self) -> aiordt.Stats:
+        return aiordt.stats()
+
+
+Node: Any = ray.remote(NodeActor)
+
+
+async def _called(function: Callable[..., Any], *args: Any) -> Any:
+    result = function(*args)
+    return await result if inspect.isawaitable(result) else result
+
+
+async def eventually(
+    check: Callable[[], Awaitable[Any] | Any], *, seconds: float = 15.0, what: str = "condition"
+) -> Any:
+    """Poll until ``check`` is true; its value."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = check()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
+        await asyncio.sleep(0.02)
+
+
+async def drained(*nodes: Any) -> None:
+    """Wait until these actors export nothing and hold no refs."""
+    for node in nodes:
+
+        async def empty(node: Any = node) -> bool:
+            stats = await node.stats.remote()
+            return stats.exports == 0 and stats.held_refs == 0 and stats.in_flight == 0
+
+        await eventually(empty, what="registry empty")
+
+
+def arange(nbytes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor whose content shows where it came from."""
+    numel = nbytes // dtype.itemsize
+    return torch.arange(numel, dtype=torch.float64).remainder(251).to(dtype)
+
+
+def start_flusher() -> None:
+    """In a Ray worker under coverage: save often, since workers end without saying goodbye."""
+    current = coverage.Coverage.current()
+    if current is None:
+        return
+
+    def flush() -> None:
+        while True:
+            time.sleep(0.3)
+            current.save()
+
+    threading.Thread(target=flush, daemon=True, name="coverage-flusher").start()
