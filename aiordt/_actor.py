@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
 from typing_extensions import override
@@ -12,12 +11,10 @@ from typing_extensions import override
 from aiordt._errors import InvalidTypeError, UsageError
 from aiordt._export import check_transport, export, export_blocking
 from aiordt._get import get, get_blocking
-from aiordt._runtime import current
+from aiordt._runtime import current, in_session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
-
-_log = logging.getLogger(__name__)
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
@@ -39,13 +36,21 @@ class AsyncActor:
                 return self.model.state_dict()
     """
 
+    if TYPE_CHECKING:
+        # Ray's decorator gives the class these; type checkers do not see that.
+        @classmethod
+        def remote(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            """Make an actor (Ray's)."""
+
+        @classmethod
+        def options(cls, **options: Any) -> Any:  # noqa: ANN401
+            """Ray's options for an actor."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401, ARG004
         """Start the runtime, so that the first transfer need not."""
         self = super().__new__(cls)
-        try:
+        if in_session():
             current()
-        except UsageError:
-            _log.debug("made outside Ray: no runtime", exc_info=True)
         return self
 
     @override

@@ -18,7 +18,7 @@ from aiordt._tree import Flat, match
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
 _CONVERT_ON_LOOP_NBYTES: Final = MIB
 
@@ -26,6 +26,10 @@ _CONVERT_ON_LOOP_NBYTES: Final = MIB
 def is_ref(value: object) -> bool:
     """Whether ``value`` is something that `get` resolves."""
     return isinstance(value, TensorRef | ObjectRef)
+
+
+def _itself(ref: Hashable) -> Hashable:
+    return ref
 
 
 def _is_tensor_ref(value: object) -> bool:
@@ -41,6 +45,9 @@ async def get(
     transport: str | None = None,
 ) -> Any:  # noqa: ANN401
     """Bring tensors here: pull everything that ``x`` refers to, concurrently.
+
+    The first failure is raised as it is, once the other transfers have been cancelled and
+    have ended.
 
     Args:
         x: A `TensorRef`, a tree of them, or a Ray ``ObjectRef`` whose value holds them.
@@ -63,10 +70,9 @@ async def get(
         TransferError: A transfer failed after it had started.
         ClosedError: A ref belongs to a Ray session that has ended.
         UsageError: ``into``, ``device``, ``dtype`` or ``transport`` do not fit; nothing moved.
+        PeerLostError: The owner cannot be reached.
+        AuthenticationError: The owner and this process do not share the cluster's secret.
         Exception: Whatever the task behind an ObjectRef raised.
-
-        The first failure is raised as it is, once the other transfers have been cancelled
-        and have ended.
 
     Cost:
         About 10 µs for a small tensor of a process on this host; memory speed for large ones.
@@ -78,7 +84,7 @@ async def get(
     if isinstance(x, TensorRef):
         tensor = await current().pull(x, transport)
         return await _converted(tensor, target, dtype)
-    flat = Flat(x, is_ref)
+    flat = Flat(x, is_ref, same=_itself)
     if not flat.leaves:
         return x
     values = await _resolve(flat.leaves, transport)

@@ -265,16 +265,24 @@ class Network:
 
 
 async def _refuses(address: PeerAddress) -> bool:
-    """Whether nobody listens there any more: tells a death from a refusal in a handshake."""
-    with socket.socket(_family(address.host), socket.SOCK_STREAM) as sock:
-        sock.settimeout(0)
-        try:
-            async with asyncio.timeout(_VERDICT_SECONDS):
-                await asyncio.get_running_loop().sock_connect(sock, (address.host, address.port))
-        except ConnectionRefusedError:
-            return True
-        except (OSError, TimeoutError):
-            return False
+    """Whether nobody listens there any more: tells a death from a refusal in a handshake.
+
+    A process that is being killed loses its sockets one by one, so it is watched for a while.
+    """
+    deadline = asyncio.get_running_loop().time() + _VERDICT_SECONDS
+    while asyncio.get_running_loop().time() < deadline:
+        with socket.socket(_family(address.host), socket.SOCK_STREAM) as sock:
+            sock.settimeout(0)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await asyncio.get_running_loop().sock_connect(
+                        sock, (address.host, address.port)
+                    )
+            except ConnectionRefusedError:
+                return True
+            except (OSError, TimeoutError):
+                return False
+        await asyncio.sleep(0.05)
     return False
 
 
@@ -348,7 +356,10 @@ class RemotePeer(Peer):
     @override
     async def open_stream(self, stream: bytes) -> socket.socket:
         await self._connected()  # its end tells the other side that the stream is orphaned
-        sock, _ = await self._network.connect(self.address, _wire.STREAM, stream)
+        try:
+            sock, _ = await self._network.connect(self.address, _wire.STREAM, stream)
+        except PeerLostError as exc:
+            raise await self.verdict(exc, transport="stream", nbytes=0) from exc
         sock.settimeout(None)
         return sock
 

@@ -6,7 +6,7 @@ call it: actor methods on the loops of their concurrency groups, the io thread, 
 Invariants:
     REG-1  A storage is identified by where it lies (address and size), never by a Python
            object's id; it is kept alive for as long as it is exported.
-    REG-2  Between `is_free` saying yes and the caller's next await nothing on the same loop
+    REG-2  Between `busy` finding nothing and the caller's next await nothing on the same loop
            can export, so the caller may write.
     REG-3  What is being exported counts from the moment the export began.
 """
@@ -51,6 +51,7 @@ class Export:
     Attributes:
         key: 16 random bytes; whoever knows them may pull.
         tensors: By index; ``None`` once their lease is gone.
+        storages: Where each one's storage lay when it was exported.
         groups: Indices that share a lease.
         label: Where it was made, for people.
         created: `time.monotonic` when it was made.
@@ -62,6 +63,7 @@ class Export:
 
     key: bytes
     tensors: list[torch.Tensor | None]
+    storages: list[StorageKey]
     groups: list[list[int]]
     label: str
     created: float
@@ -120,8 +122,8 @@ class Registry(Source):
         """
         small: list[int] = []
         large: dict[StorageKey, list[int]] = {}
-        for index, tensor in enumerate(tensors):
-            where = storage_range(tensor)
+        storages = list(map(storage_range, tensors))
+        for index, where in enumerate(storages):
             if where[1] < LEASE_NBYTES:
                 small.append(index)
             else:
@@ -130,26 +132,22 @@ class Registry(Source):
         export = Export(
             key=new_key(),
             tensors=list(tensors),
+            storages=storages,
             groups=groups,
             label=label,
             created=time.monotonic(),
             ready=_device.layer(tensors[0].device).record(tensors[0].device),
         )
-        storages = frozenset(map(storage_range, tensors))
         with self._lock:
             self._exports[export.key] = export
-            step(self._state, Held(export.key, storages))  # REG-3
+            step(self._state, Held(export.key, frozenset(storages)))  # REG-3
         return export
 
     def commit(self, export: Export, leases: Sequence[object]) -> None:
         """Let ``leases``, one for each group, hold the export from now on."""
         with self._lock:
             for lease, group in zip(leases, export.groups, strict=True):
-                storages = frozenset(
-                    storage_range(tensor)
-                    for index in group
-                    if (tensor := export.tensors[index]) is not None
-                )
+                storages = frozenset(export.storages[index] for index in group)
                 step(self._state, Held(lease, storages))
                 self._leases[lease] = (export, group)
             self._apply(step(self._state, Released(export.key)))
@@ -252,8 +250,8 @@ class Registry(Source):
             for export in self._exports.values():
                 held = [
                     tensor
-                    for tensor in export.tensors
-                    if tensor is not None and storage_range(tensor) in storages
+                    for tensor, storage in zip(export.tensors, export.storages, strict=True)
+                    if tensor is not None and storage in storages
                 ]
                 if held:
                     age = now - export.created
@@ -266,7 +264,7 @@ class Registry(Source):
         """The exported tensor itself.
 
         Raises:
-            TensorFreedError: It is not exported any more.
+            TensorFreedError: It is not exported any more, or its storage was resized.
         """
         with self._lock:
             export = self._exports.get(key)
@@ -274,6 +272,11 @@ class Registry(Source):
             if export is None or tensor is None:
                 raise TensorFreedError(
                     "the owner gave this tensor up: no ref to it was left in the cluster"
+                )
+            if storage_range(tensor) != export.storages[index]:
+                raise TensorFreedError(
+                    f"the storage of a tensor that {export.label} exported was resized or replaced "
+                    "by its owner: do that only after wait_tensor_freed, or export a snapshot"
                 )
             return export, tensor
 

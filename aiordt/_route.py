@@ -115,6 +115,13 @@ class Routes:
             raise UnavailableError(str(known), reason=known.reason, transport=known.transport)
         return known
 
+    async def _check_alive(self, way: _Way) -> None:
+        try:
+            await self._io.run(way.peer.reach())
+        except OwnerDiedError:
+            post(self._io.loop, self.forget, way.peer.address.runtime_id)
+            raise
+
     def _watch(self, death_fd: int, way: _Way) -> None:
         peer_id = way.peer.address.runtime_id
         if self._ways.get(peer_id) is way:
@@ -137,7 +144,11 @@ class Routes:
         """
         way = self._way(address)
         if forced is not None:
-            return forced, await self._link(way, forced)
+            try:
+                return forced, await self._link(way, forced)
+            except UnavailableError:
+                await self._check_alive(way)  # a dead process has no pid to read from either
+                raise
         if way.chosen is not None:
             return way.chosen
         phase("route.negotiating")
@@ -156,6 +167,7 @@ class Routes:
                 "; ".join(reasons) or "first choice",
             )
             return way.chosen
+        await self._check_alive(way)
         reason = "; ".join(reasons)
         raise UnavailableError(
             f"no transport reaches {owner}: {reason}", reason=reason, transport="any"

@@ -182,10 +182,6 @@ class Runtime:
             return unpack_inline(ref, ref.inline)
         if ref.header.address.runtime_id == self.address.runtime_id:
             export, tensor = self.registry.local(ref.header.key, ref.index)
-            if num_bytes(meta) != tensor.nbytes:
-                raise TensorFreedError(
-                    f"the tensor was resized after {export.label} exported it; do that to a copy"
-                )
             export.local = True
             warn_if_shared(export)
             return tensor
@@ -198,8 +194,7 @@ class Runtime:
         self._check(ref)
         tensor = self._here(ref)
         if tensor is not None:
-            if ref.inline is not None:
-                self.counters.pulled("inline", 1, len(ref.inline))
+            self._came_along(ref)
             return tensor
         forced = transport or ref.header.transport
         found = self.routes.known(ref.header.address.runtime_id, forced)
@@ -253,8 +248,7 @@ class Runtime:
                 forced = transport or ref.header.transport
                 batches.setdefault((ref.header.address.runtime_id, forced), []).append(index)
                 continue
-            if ref.inline is not None:
-                self.counters.pulled("inline", 1, len(ref.inline))
+            self._came_along(ref)
             results[index] = tensor
             if into is not None:
                 results[index] = await self._copied(into[index], tensor)
@@ -336,6 +330,10 @@ class Runtime:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))
         return copy_into(into, tensor)
 
+    def _came_along(self, ref: Pullable) -> None:
+        if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
+            self.counters.pulled("inline", 1, len(ref.inline))
+
     def _arrived(self, refs: Sequence[Pullable], name: str, nbytes: int) -> None:
         self.counters.pulled(name, len(refs), nbytes)
         for ref in refs:
@@ -405,6 +403,11 @@ def current() -> Runtime:
             threading.Thread(target=runtime.close, daemon=True).start()
         _Current.runtime = Runtime(session, _config.take())
         return _Current.runtime
+
+
+def in_session() -> bool:
+    """Whether this process is in a Ray session."""
+    return _ray.session_or_none() is not None
 
 
 def current_or_none() -> Runtime | None:

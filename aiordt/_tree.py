@@ -13,7 +13,7 @@ import io
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -75,17 +75,24 @@ class Flat:
     """The leaves of a tree, and the tree around them.
 
     Attributes:
-        leaves: Each leaf once, in tree order (with ``every``, each time it occurs).
+        leaves: Each leaf once, in tree order (with ``every``, each time it occurs). Leaves
+            are one if ``same`` gives the same for them: the object's identity, or the leaf.
     """
 
     def __init__(
-        self, tree: object, wanted: Callable[[object], bool], *, every: bool = False
+        self,
+        tree: object,
+        wanted: Callable[[object], bool],
+        *,
+        same: Callable[[Any], Hashable] = id,
+        every: bool = False,
     ) -> None:
         self.leaves: list[Any] = []
         self._tree = tree
         self._wanted = wanted
+        self._same = same
         self._every = every
-        self._indices: dict[int, int] = {}
+        self._indices: dict[Hashable, int] = {}
         self._open: set[int] = set()
         try:
             self._rebuild = self._visit(tree)
@@ -99,9 +106,10 @@ class Flat:
         return self._tree if self._rebuild is None else self._rebuild(values)
 
     def _leaf(self, leaf: object) -> int:
-        index = None if self._every else self._indices.get(id(leaf))
+        same = self._same(leaf)
+        index = None if self._every else self._indices.get(same)
         if index is None:
-            index = self._indices[id(leaf)] = len(self.leaves)
+            index = self._indices[same] = len(self.leaves)
             self.leaves.append(leaf)
         return index
 

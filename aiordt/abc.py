@@ -222,7 +222,7 @@ class Link(AsyncResource):
             Whether it was done; if not, nothing was written and `read` is to be used.
 
         Raises:
-            As `read`.
+            AiordtError: As `read`.
         """
         return False
 

@@ -51,6 +51,7 @@ def _nodes(cluster: None) -> list[Any]:
 async def nodes(_nodes: list[Any]) -> AsyncIterator[list[Any]]:
     """Three long-lived actors; after the test they must export and hold nothing."""
     yield _nodes
+    gc.collect()
     for node in _nodes:
         await node.run.remote(forget)
     await drained(*_nodes)

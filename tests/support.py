@@ -14,6 +14,7 @@ import ray
 import torch
 
 import aiordt
+from aiordt._metrics import phase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -70,6 +71,11 @@ Node: Any = ray.remote(NodeActor)
 async def _called(function: Callable[..., Any], *args: Any) -> Any:
     result = function(*args)
     return await result if inspect.isawaitable(result) else result
+
+
+def on_phase(action: Callable[[str], None] | None) -> None:
+    """Call ``action`` at each phase of a transfer in this process."""
+    phase.hook = action
 
 
 async def eventually(

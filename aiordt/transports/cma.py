@@ -116,6 +116,11 @@ def _advice(code: int) -> str:
         )
     if code == errno.ESRCH:
         return "there is no process with its id here (another pid namespace)"
+    if code == errno.EFAULT:
+        return (
+            "that memory is not there any more: did the owner resize or free the storage of an "
+            "exported tensor?"
+        )
     return f"reading its memory failed: {os.strerror(code)}"
 
 
@@ -155,9 +160,8 @@ class CmaLink(Link):
         self.death_fd = pidfd
         self._name = name
         self._workers = workers
+        self._jobs: set[_Job] = set()
         self._closed = False
-        self._death = select.poll()
-        self._death.register(pidfd, select.POLLIN)
 
     @override
     def read_nowait(self, parts: Sequence[Part]) -> bool:
@@ -183,7 +187,12 @@ class CmaLink(Link):
         total = sum(part.nbytes for part in parts)
         job = _Job(self, _chunks(parts), total)
         readers = NUM_READERS if total > CHUNK_NBYTES else 1
-        await finish(job.start(self._workers, readers), job.stop)
+        self._jobs.add(job)
+        try:
+            await finish(job.start(self._workers, readers), job.stop)
+        finally:
+            self._jobs.discard(job)
+        self._check_open()
         self._check_alive()
 
     def _read_chunk(self, chunk: _Chunk, total: int) -> None:
@@ -218,23 +227,24 @@ class CmaLink(Link):
             raise ClosedError(f"the link to {self._name} was closed")
 
     def _check_alive(self) -> None:
-        if self._death.poll(0):  # CMA-2
+        if not self.alive:  # CMA-2
             raise OwnerDiedError(f"{self._name} died, and its tensors with it", owner=self._name)
 
     @property
     def alive(self) -> bool:
         """Whether the process is still there."""
-        return not self._closed and not self._death.poll(0)
+        death = select.poll()  # one for each call: it refuses two threads at once
+        death.register(self._pidfd, select.POLLIN)
+        return not death.poll(0)
 
     @override
     async def aclose(self) -> None:
-        if not self._closed:
-            self._closed = True
-            os.close(self._pidfd)
+        self._closed = True
+        for job in list(self._jobs):
+            job.stop()
 
     def __del__(self) -> None:
-        if not self._closed:
-            os.close(self._pidfd)
+        os.close(self._pidfd)  # not earlier: a reader may still look at it
 
 
 def _skip(remote: bytes, nbytes: int) -> bytes:

@@ -207,7 +207,7 @@ class TcpTransport(Transport):
         self._receivers = Workers("tcp-receive", _MAX_THREADS)
         self._senders = Workers("tcp-send", _MAX_THREADS)
         self._accepted: dict[tuple[bytes, bytes], socket.socket] = {}
-        self._busy: set[socket.socket] = set()
+        self._busy: dict[socket.socket | None, asyncio.Event] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -243,11 +243,14 @@ class TcpTransport(Transport):
             return await self._serve_reply(request)
         socks = []
         for name in request.streams:
-            sock = self._accepted.get((peer_id, name))
-            if sock is None or sock in self._busy:
-                raise ProtocolViolationError("a pull names a stream that is not open and idle")
+            key = (peer_id, name)
+            while (earlier := self._busy.get(self._accepted.get(key))) is not None:
+                await earlier.wait()  # its bytes have arrived; the sender is about to see that
+            sock = self._accepted.get(key)
+            if sock is None:
+                raise ProtocolViolationError("a pull names a stream that is not open")
+            self._busy[sock] = asyncio.Event()
             socks.append(sock)
-        self._busy.update(socks)
         opened: asyncio.Future[None] = self._io.loop.create_future()
         task = self._io.loop.create_task(self._send_streams(request, socks, opened))
         self._sending.add(task)
@@ -287,7 +290,8 @@ class TcpTransport(Transport):
             if not opened.done():
                 opened.set_exception(exc)
         finally:
-            self._busy.difference_update(socks)
+            for sock in socks:
+                self._busy.pop(sock).set()
             kept = set(self._accepted.values())
             for sock in socks:
                 if sock not in kept:  # it hung up meanwhile

@@ -25,9 +25,9 @@ def keep(node: Any) -> torch.Tensor:
     return tensor
 
 
-async def freed(node: Any, timeout: float | None = None) -> bool:
+async def freed(node: Any, seconds: float | None = None) -> bool:
     try:
-        await aiordt.wait_tensor_freed(node.kept["t"], timeout)
+        await aiordt.wait_tensor_freed(node.kept["t"], seconds)
     except TimeoutError:
         return False
     return True
@@ -226,9 +226,9 @@ async def test_trees_and_the_same_tensor_in_two_results(nodes: Any) -> None:
     first = await a.make.remote(keep)
     second = await a.make.remote(lambda node: [node.kept["t"]])
 
-    async def tree_freed(node: Any, timeout: float) -> bool:
+    async def tree_freed(node: Any, seconds: float) -> bool:
         try:
-            await aiordt.wait_tensor_freed({"x": [node.kept["t"], 5], "y": torch.ones(2)}, timeout)
+            await aiordt.wait_tensor_freed({"x": [node.kept["t"], 5], "y": torch.ones(2)}, seconds)
         except TimeoutError:
             return False
         return True

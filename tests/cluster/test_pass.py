@@ -119,10 +119,12 @@ async def test_same_ref_twice_in_one_call(nodes: Any) -> None:
     ref = await a.make.remote(lambda _: arange(MIB))
 
     async def twice(_: Any, x: Any, y: Any) -> tuple[bool, bool]:
-        both = await aiordt.get([x, y, x])
-        return both[0] is both[2], torch.equal(both[0], both[1])
+        both = await aiordt.get([x, {"y": y}, x])
+        return both[0] is both[2] is both[1]["y"], torch.equal(both[0], arange(MIB))
 
+    before = (await b.stats.remote()).bytes_pulled
     assert await b.run.remote(twice, ref, ref) == (True, True)
+    assert (await b.stats.remote()).bytes_pulled - before == MIB
 
 
 async def test_each_consumer_has_its_own_clean_copy(nodes: Any) -> None:

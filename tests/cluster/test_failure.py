@@ -1,0 +1,319 @@
+"""Errors, deaths and cancellation (scenarios: errors, death, cancel)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+import aiordt
+from tests.support import MIB, arange, eventually, on_phase
+
+TRANSPORTS = ["make_cma", "make_tcp"]
+
+
+async def pull_timed(_: Any, refs: list[Any]) -> list[tuple[str, float]]:
+    """Await every ref; how each ended, and after how long."""
+    started = time.monotonic()
+
+    async def one(ref: Any) -> tuple[str, float]:
+        try:
+            await ref
+        except aiordt.AiordtError as exc:
+            return f"{type(exc).__name__}: {exc}", time.monotonic() - started
+        return "ok", time.monotonic() - started
+
+    return list(await asyncio.gather(*map(one, refs)))
+
+
+async def test_producer_raises_and_both_stay_usable(nodes: Any) -> None:
+    a, b, _ = nodes
+
+    def fail(_: Any) -> None:
+        raise KeyError("told")
+
+    with pytest.raises(KeyError, match="told"):
+        await aiordt.get(a.make.remote(fail))
+    with pytest.raises(KeyError, match="told"):
+        await b.pull.remote({"nested": [a.make.remote(fail)]})
+    got = await b.pull.remote(a.make.remote(lambda _: arange(MIB)))
+    assert torch.equal(got, arange(MIB))
+
+
+async def test_retried_producer_leaves_one_entry(nodes: Any, spawn: Any) -> None:
+    class Flaky(aiordt.AsyncActor):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        @ray.method(max_task_retries=3, retry_exceptions=True)
+        @aiordt.method
+        async def make(self) -> Any:
+            self.calls += 1
+            if self.calls < 3:
+                raise ValueError("again")
+            return arange(MIB)
+
+        async def exports(self) -> int:
+            return aiordt.stats().exports
+
+    actor = spawn(ray.remote(Flaky))
+    ref = await actor.make.remote()
+    assert torch.equal(await ref, arange(MIB))
+    assert await actor.exports.remote() == 1
+
+
+async def test_forced_transports(nodes: Any) -> None:
+    a, b, _ = nodes
+    refs = await a.make_tcp.remote(lambda _: [arange(MIB), torch.ones(2)])
+    assert refs[0].transport == "tcp"
+    explained = await aiordt.explain(refs[0])
+    assert explained.chosen == "tcp"
+    assert explained.reasons["cma"] == "the exporter demanded tcp"
+    assert (await aiordt.explain(refs[1])).chosen == "tcp"
+    assert torch.equal((await b.pull.remote(refs))[1], torch.ones(2))
+    ref = await a.make.remote(lambda _: arange(MIB))
+    assert (await aiordt.explain(ref)).chosen == "cma"
+    assert "tcp" in str(await aiordt.explain(ref))
+    assert torch.equal(await aiordt.get(ref, transport="tcp"), arange(MIB))
+    with pytest.raises(ValueError, match="no transport 'smoke'"):
+        await aiordt.get(ref, transport="smoke")
+    with pytest.raises(TypeError):
+        await aiordt.put(torch.ones(2), transport=7)  # type: ignore[arg-type]
+
+
+async def test_a_transport_that_is_switched_off_is_unavailable(nodes: Any, spawn: Any) -> None:
+    only_tcp = {"runtime_env": {"env_vars": {"AIORDT_TRANSPORTS": "tcp"}}}
+    b = spawn(options=only_tcp)
+    ref = await nodes[0].make_cma.remote(lambda _: arange(MIB))
+
+    async def attempt(_: Any, refs: list[Any]) -> tuple[str, Any, str]:
+        with pytest.raises(aiordt.UnavailableError) as caught:
+            await refs[0]
+        return caught.value.reason, await aiordt.explain(refs[0]), caught.value.transport
+
+    reason, explained, transport = await b.run.remote(attempt, [ref])
+    assert "not among this process's transports: tcp" in reason
+    assert transport == "cma"
+    assert explained.chosen is None
+    with pytest.raises(aiordt.UnavailableError, match="cma"):
+        await b.make_cma.remote(lambda _: arange(MIB))
+    plain = await nodes[0].make.remote(lambda _: arange(MIB))
+    assert torch.equal(await b.pull.remote(plain), arange(MIB))
+
+
+async def test_a_bad_setting_is_told_by_the_actors_first_call(spawn: Any) -> None:
+    actor = spawn(options={"runtime_env": {"env_vars": {"AIORDT_TYPO": "1"}}})
+    with pytest.raises(ray.exceptions.RayActorError, match="AIORDT_TYPO"):
+        await actor.pid.remote()
+
+
+async def test_resized_storage_is_an_error_and_never_garbage(nodes: Any) -> None:
+    a, b, _ = nodes
+
+    def make(node: Any) -> Any:
+        node.kept["t"] = arange(4 * MIB)
+        return node.kept["t"]
+
+    ref = await a.make.remote(make)
+    await a.run.remote(lambda node: [node.kept["t"].untyped_storage().resize_(0), None][1])
+
+    async def by_tcp(_: Any, refs: list[Any]) -> str:
+        with pytest.raises(aiordt.TensorFreedError) as caught:
+            await aiordt.get(refs[0], transport="tcp")
+        return str(caught.value)
+
+    assert "resized" in await b.run.remote(by_tcp, [ref])
+    with pytest.raises(aiordt.TensorFreedError, match="resized"):
+        await a.pull.remote([ref])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_owner_killed_before_the_pull(nodes: Any, spawn: Any, transport: str) -> None:
+    a, b = spawn(), nodes[1]
+    refs = await getattr(a, transport).remote(lambda _: [arange(MIB), arange(300_000)])
+    os.kill(await a.pid.remote(), signal.SIGKILL)
+    ends = await b.run.remote(pull_timed, refs)
+    for text, seconds in ends:
+        assert text.startswith("OwnerDiedError"), text
+        assert seconds < 2
+    assert "NodeActor" in ends[0][0]
+    ref = await nodes[0].make.remote(lambda _: arange(MIB))
+    assert torch.equal(await b.pull.remote(ref), arange(MIB))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("known", ["", "known peer"], ids=["first contact", "known peer"])
+async def test_owner_killed_during_the_pull(
+    nodes: Any, spawn: Any, transport: str, known: str
+) -> None:
+    a, b = spawn(), nodes[1]
+    pid = await a.pid.remote()
+    refs = await getattr(a, transport).remote(
+        lambda _: [torch.ones(64 * MIB // 4) for _ in range(3)] + [arange(MIB)]
+    )
+    if known:
+        await b.pull.remote(refs[3:])
+    point = "cma.chunk" if transport == "make_cma" else "tcp.receiving"
+
+    async def killed_inside(node: Any, refs: list[Any], pid: int) -> Any:
+        def strike(name: str) -> None:
+            if name == point:
+                on_phase(None)
+                os.kill(pid, signal.SIGKILL)
+
+        on_phase(strike)
+        try:
+            return await pull_timed(node, refs)
+        finally:
+            on_phase(None)
+
+    ends = await b.run.remote(killed_inside, refs, pid)
+    assert all(seconds < 2 for _, seconds in ends), ends
+    assert any(text.startswith("OwnerDiedError") for text, _ in ends), ends
+    assert all(text.startswith("OwnerDiedError") or text == "ok" for text, _ in ends), ends
+    again = await b.run.remote(pull_timed, refs)
+    assert all(text.startswith("OwnerDiedError") for text, _ in again)
+    ref = await nodes[0].make.remote(lambda _: arange(MIB))
+    assert torch.equal(await b.pull.remote(ref), arange(MIB))
+
+
+async def test_owner_dies_before_creating(nodes: Any, spawn: Any) -> None:
+    a, b = spawn(), nodes[1]
+    pid = await a.pid.remote()
+
+    async def never(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    out = a.make.remote(never)
+    waiting = b.pull.remote([out])
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        await waiting
+    ref = await nodes[0].make.remote(lambda _: arange(MIB))
+    assert torch.equal(await b.pull.remote(ref), arange(MIB))
+
+
+async def test_consumer_killed_during_a_tcp_pull_frees_the_producer(nodes: Any, spawn: Any) -> None:
+    a, b = nodes[0], spawn()
+
+    def make(node: Any) -> Any:
+        node.kept["t"] = torch.ones(64 * MIB // 4)
+        return node.kept["t"]
+
+    ref = await a.make_tcp.remote(make)
+
+    async def die_inside(_: Any, refs: list[Any]) -> None:
+        def strike(name: str) -> None:
+            if name == "tcp.receiving":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        on_phase(strike)
+        await refs[0]
+
+    with pytest.raises(ray.exceptions.RayActorError):
+        await b.run.remote(die_inside, [ref])
+    (got,) = await nodes[1].pull.remote([ref])
+    assert float(got.sum()) == 16 * MIB
+    del ref
+
+    async def wait(node: Any) -> bool:
+        await aiordt.wait_tensor_freed(node.kept["t"], 20)
+        return True
+
+    assert await a.run.remote(wait)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_cancelled_at_random_times(nodes: Any, transport: str) -> None:
+    """No late write, no leak, other transfers unharmed (OWN-1, CAN-1, ISO-1)."""
+    a, b, _ = nodes
+    refs = await getattr(a, transport).remote(
+        lambda _: [torch.ones(n) for n in (5_000, 300_000, 4_000_000)]
+    )
+
+    async def storm(_: Any, refs: list[Any], times: int, seed: int) -> dict[str, int]:
+        chance = random.Random(seed)  # noqa: S311
+        counts = {"cancelled": 0, "done": 0, "other": 0}
+        steady = asyncio.ensure_future(survivors(refs))
+        for _ in range(times):
+            ref = chance.choice(refs)
+            target = torch.zeros(ref.shape)
+            task = asyncio.ensure_future(aiordt.get(ref, into=target))
+            for _ in range(chance.randrange(6)):
+                await asyncio.sleep(0)
+            if chance.random() < 0.5:
+                await asyncio.sleep(chance.random() * 0.004)
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                counts["done" if task.exception() is None else "other"] += 1
+                continue
+            counts["cancelled"] += 1
+            before = target.clone()
+            await asyncio.sleep(0.0005)
+            assert torch.equal(before, target), "written after the await had ended"
+        steady.cancel()
+        await asyncio.wait({steady})
+        assert steady.cancelled(), steady.exception()
+        assert aiordt.stats().in_flight == 0
+        return counts
+
+    async def survivors(refs: list[Any]) -> None:
+        while True:
+            for ref in refs:
+                tensor = await ref
+                assert bool((tensor == 1).all())
+                await asyncio.sleep(0)
+
+    counts = await b.run.remote(storm, refs, 300, 7)
+    assert counts["other"] == 0
+    assert counts["cancelled"] > 50, counts
+    fds = await b.run.remote(lambda _: len(os.listdir("/proc/self/fd")))
+    counts = await b.run.remote(storm, refs, 300, 8)
+
+    async def flat() -> bool:
+        return bool(await b.run.remote(lambda _: len(os.listdir("/proc/self/fd"))) <= fds + 4)
+
+    await eventually(flat, what="file descriptors")
+
+
+async def test_admission_is_first_come_first_served(nodes: Any, spawn: Any) -> None:
+    b = spawn(options={"runtime_env": {"env_vars": {"AIORDT_MAX_IN_FLIGHT_BYTES": str(3 * MIB)}}})
+    refs = await nodes[0].make.remote(lambda _: [arange(2 * MIB) for _ in range(8)])
+
+    async def pull_all(_: Any, refs: list[Any]) -> tuple[list[int], int, bool]:
+        order: list[int] = []
+        peak = 0
+
+        async def one(i: int) -> torch.Tensor:
+            nonlocal peak
+            tensor: torch.Tensor = await refs[i]
+            order.append(i)
+            peak = max(peak, aiordt.stats().in_flight)
+            return tensor
+
+        tensors = await asyncio.gather(*map(one, range(len(refs))))
+        batch = await aiordt.get(refs)
+        return order, peak, all(map(torch.equal, tensors, batch))
+
+    order, peak, equal = await b.run.remote(pull_all, refs)
+    assert order == list(range(8))
+    assert peak <= 1
+    assert equal
+
+
+def test_errors_travel_through_ray(cluster: None) -> None:
+    @ray.remote(num_cpus=0)
+    def fail() -> None:
+        raise aiordt.TransferError("reset", transport="tcp", peer="x", nbytes=5)
+
+    with pytest.raises(aiordt.TransferError) as caught:
+        ray.get(fail.remote())
+    assert caught.value.nbytes == 5

@@ -1,0 +1,51 @@
+"""The examples, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*args: str, cwd: Path) -> str:
+    """Run an example to its end and return what it printed."""
+    name, *options = args
+    # A cluster of its own, with refs that escape Ray's count forbidden.
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["RAY_allow_out_of_band_object_ref_serialization"] = "0"
+    finished = subprocess.run(  # noqa: S603
+        [sys.executable, str(EXAMPLES / name), *options],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=80,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr
+    return finished.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    """Each step's weights arrive whole, and the next step is not seen too early."""
+    output = run("quickstart.py", cwd=tmp_path)
+    assert [line for line in output.splitlines() if line.startswith("step")] == [
+        f"step {step}: got 16 MiB of {step}s from Trainer" for step in range(3)
+    ]
+
+
+def test_async_rl_quick(tmp_path: Path) -> None:
+    """Weights and trajectories go round, every sampler takes part, and the plot is drawn."""
+    output = run("async_rl.py", "--quick", "--plot", "plot.png", cwd=tmp_path)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"SOLVED in \d+\.\d s, mean return \d+", output)
+    syncs = re.findall(r"(\d+) syncs", output)
+    assert int(syncs[-1]) >= 4, output
+    pulled = [float(nbytes) for nbytes in re.findall(r"(\d+\.\d) MiB cma", output)]
+    assert len(pulled) == 3, output  # the learner and both samplers
+    assert min(pulled[1:]) >= 2.0, output  # two versions of the weights, 1 MiB each
