@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -78,7 +79,12 @@ class _Block:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._map = mmap.mmap(-1, nbytes + (HUGE_PAGE if nbytes >= HUGE_PAGE else 0))
+        # Private: of a shared mapping, Python's default, the kernel makes no huge pages.
+        self._map = mmap.mmap(
+            -1,
+            nbytes + (HUGE_PAGE if nbytes >= HUGE_PAGE else 0),
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+        )
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.address = base
         if nbytes >= HUGE_PAGE:
@@ -166,8 +172,14 @@ class Pool:
         return lent
 
     def _take_back(self, block: _Block) -> None:
-        if not self._closed and self.idle_nbytes + block.nbytes <= self._limit:
-            self._free.setdefault(block.nbytes, []).append(block)
+        if self._closed:
+            return
+        self._free.setdefault(block.nbytes, []).append(block)
+        while self.idle_nbytes > self._limit:  # the oldest of the largest other size goes
+            sizes = [size for size, blocks in list(self._free.items()) if blocks]
+            others = [size for size in sizes if size != block.nbytes]
+            with suppress(IndexError, ValueError):  # taken meanwhile
+                self._free[max(others or sizes)].pop(0)
 
     def close(self) -> None:
         """Give idle memory back to the system; what is lent follows when its storage dies."""

@@ -370,6 +370,10 @@ class RemotePeer(Peer):
             with suppress(TimeoutError):
                 async with asyncio.timeout(_VERDICT_SECONDS):
                     await connection.closed.wait()
+        if connection is not None and connection.unreachable:
+            return PeerLostError(
+                f"{self.address} cannot be reached any more: {cause}", peer=str(self.address)
+            )
         if connection is None or connection.closed.is_set():
             return OwnerDiedError(
                 f"{self.address} died (its connection ended), and its tensors with it",

@@ -47,12 +47,12 @@ class Session:
     """One connection of this process to a Ray cluster, from ``ray.init`` to ``ray.shutdown``."""
 
     def __init__(self, client: object) -> None:
-        self._client = client  # Ray makes a new one for each session; held, so never reused
+        self.client = client  # Ray makes a new one for each session; held, so never reused
 
     @property
     def alive(self) -> bool:
         """Whether the process is still in this session."""
-        return _gcs_client() is self._client
+        return _gcs_client() is self.client
 
 
 def _gcs_client() -> object:
@@ -75,7 +75,7 @@ def session() -> Session:
     """
     current = _Current.session
     client = _gcs_client()
-    if current is not None and client is not None and current._client is client:  # noqa: SLF001
+    if current is not None and client is not None and current.client is client:
         return current
     if client is None:
         if ray_client.is_connected():
@@ -85,7 +85,7 @@ def session() -> Session:
             )
         raise UsageError("Ray is not initialized in this process: call ray.init() first")
     with _lock:
-        if _Current.session is None or _Current.session._client is not client:  # noqa: SLF001
+        if _Current.session is None or _Current.session.client is not client:
             _Current.session = Session(client)
         return _Current.session
 
@@ -122,9 +122,15 @@ def identity() -> Owner:
     return Owner(context.get_node_id(), os.getpid(), actor_id, name)
 
 
-def read_secret() -> bytes:
-    """The cluster's secret, made by whoever asks first. Blocks for a round trip or two."""
-    client = ray_worker.global_worker.gcs_client
+def read_secret(session: Session) -> bytes:
+    """The cluster's secret, made by whoever asks first. Blocks for a round trip or two.
+
+    Raises:
+        ClosedError: The session has ended.
+    """
+    if not session.alive:
+        raise ClosedError("Ray was shut down before the cluster's secret was read")
+    client: Any = session.client
     found = client.internal_kv_get(_KV_SECRET, _KV_NAMESPACE)
     if found is None:
         client.internal_kv_put(_KV_SECRET, os.urandom(32), False, _KV_NAMESPACE)  # noqa: FBT003

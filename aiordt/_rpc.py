@@ -12,7 +12,7 @@ import errno
 import itertools
 import logging
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from aiordt import _errors, _wire
 from aiordt._errors import AiordtError, ClosedError, ProtocolViolationError
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from aiordt._wire import Message, Sealer
 
 _log = logging.getLogger(__name__)
+
+_UNREACHABLE: Final = frozenset(
+    {
+        errno.ETIMEDOUT,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.ENETDOWN,
+        getattr(errno, "EHOSTDOWN", errno.EHOSTUNREACH),
+    }
+)
 
 
 class Connection:
@@ -40,6 +50,7 @@ class Connection:
     ) -> None:
         self.peer_id = peer_id
         self.closed = asyncio.Event()
+        self.unreachable = False  # why it closed: the network, not the peer
         self._reader = reader
         self._writer = writer
         self._outgoing, self._incoming = sealers
@@ -92,8 +103,10 @@ class Connection:
                 header = await self._reader.readexactly(_wire.HEADER.size)
                 body = await self._reader.readexactly(_wire.frame_length(header))
                 self._dispatch(*_wire.decode(self._incoming.open(body)))
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # the peer is gone: callers learn it below
+        except asyncio.IncompleteReadError:
+            _log.debug("connection ended by its peer")  # callers learn it below
+        except OSError as exc:
+            self.unreachable = exc.errno in _UNREACHABLE
         except ProtocolViolationError as exc:
             _log.warning("connection closed: %s", exc)
         finally:

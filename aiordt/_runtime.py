@@ -125,7 +125,7 @@ class Runtime:
         if self._secret is None or (self._secret.done() and self._secret.exception()):
 
             async def read() -> bytes:
-                return await self.workers.run(_ray.read_secret)
+                return await self.workers.run(lambda: _ray.read_secret(self.session))
 
             self._secret = asyncio.get_running_loop().create_task(read())
         return await asyncio.shield(self._secret)

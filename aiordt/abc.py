@@ -199,7 +199,8 @@ class Peer(ABC):
         """The error to raise for ``cause``; takes at most a second to find out.
 
         Returns:
-            `OwnerDiedError` when the process is gone, else `TransferError`.
+            `OwnerDiedError` when the process is gone, `PeerLostError` when the network is,
+            else `TransferError`.
         """
 
 

@@ -1,0 +1,1 @@
+"""Measurements of aiordt beside its peers: ``python -m benchmarks p2p``."""

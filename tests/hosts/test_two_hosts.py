@@ -1,0 +1,199 @@
+"""Tensors between two real hosts: network, pid, ipc and mount namespaces of their own.
+
+The scenarios run in `drivers.py`, inside host 1; here is what they must come to.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aiordt.testing._hosts import hosts_unavailable, two_hosts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiordt.testing._hosts import Program, TwoHosts
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(hosts_unavailable() is not None, reason=str(hosts_unavailable())),
+]
+
+DRIVERS = Path(__file__).with_name("drivers.py")
+KIB, MIB = 1 << 10, 1 << 20
+#: So slow that a transfer of 48 MiB (1 s) is surely under way when a test strikes.
+SLOW_MEGABITS = 400
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[TwoHosts]:
+    with two_hosts() as made:
+        yield made
+
+
+@contextmanager
+def slow(hosts: TwoHosts, megabits: int = SLOW_MEGABITS) -> Iterator[None]:
+    hosts.slow(megabits)
+    try:
+        yield
+    finally:
+        hosts.slow(None)
+
+
+def finish(program: Program, *, seconds: float = 60) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(program.expect("RESULT ", seconds=seconds))
+    done = program.wait(seconds=20)
+    assert done.exit_code == 0, done.output
+    return result
+
+
+def scenario(hosts: TwoHosts, name: str) -> dict[str, Any]:
+    with hosts.h1.start(DRIVERS, name) as program:
+        return finish(program)
+
+
+def test_tensors_of_all_sizes_and_layouts_arrive_by_tcp(hosts: TwoHosts) -> None:
+    found = scenario(hosts, "sizes")
+    results = found["results"]
+    assert all(result["equal"] for result in results.values()), results
+    assert results[str(KIB)]["moved"] == {"inline": KIB}
+    for nbytes in (100 * KIB, MIB, 64 * MIB):
+        assert results[str(nbytes)]["moved"] == {"tcp": nbytes}
+    for kind in ("transposed", "columns", "rows", "expanded"):
+        assert set(results[kind]["moved"]) == {"tcp"}
+    assert results["columns"]["moved"]["tcp"] == 512 * 171 * 4, "only the bytes of the view"
+    assert found["back"]["equal"]
+    assert found["back"]["moved"] == {"tcp": MIB}
+    print("64 MiB between hosts, seconds:", found["seconds"])  # noqa: T201
+    explained = found["explained"]
+    assert explained["chosen"] == "tcp"
+    assert_refused(explained["reasons"]["cma"])
+
+
+def assert_refused(reason: str) -> None:
+    """The same-host proof failed, and its reason says why."""
+    assert "another pid namespace" in reason or "is another one" in reason, reason
+
+
+def test_a_process_with_the_owners_id_is_not_read(hosts: TwoHosts) -> None:  # CMA-1
+    # The driver owns the tensor; ids like its own are not in use on h2, which counts from 1.
+    hosts.h1.execute("sh", "-c", "echo 20000 > /proc/sys/kernel/ns_last_pid")
+    found = scenario(hosts, "proof")
+    assert found["pid"] > 20000
+    assert found["absent"]["chosen"] == "tcp"
+    assert "another pid namespace" in found["absent"]["reasons"]["cma"]
+    for kind in ("process", "thread"):
+        assert found[kind]["pid"] == found["pid"], f"the {kind} has the owner's id"
+        assert found[kind]["chosen"] == "tcp"
+        assert found[kind]["equal"], "never the decoy's memory"
+        assert found[kind]["moved"] == {"tcp": MIB}
+    assert "is another one" in found["process"]["reasons"]["cma"]
+    assert_refused(found["thread"]["reasons"]["cma"])
+
+
+def test_a_container_on_the_same_host_is_not_read(hosts: TwoHosts) -> None:  # CMA-1
+    own = ["--pid", "--fork", "--ipc", "--mount-proc"]
+    with hosts.h1.start(DRIVERS, "container", hosts.h1.address, unshare=own) as program:
+        found = finish(program)
+    assert found["pid"] == 1, "the driver has a pid namespace of its own"
+    for side in ("node", "driver"):
+        assert found[side]["chosen"] == "tcp"
+        assert found[side]["equal"]
+        assert_refused(found[side]["reasons"]["cma"])
+
+
+def test_a_tensor_is_free_once_the_other_host_lets_go(hosts: TwoHosts) -> None:  # LSE-1
+    found = scenario(hosts, "lifetime")
+    for end, limit in (("drop", 1.0), ("kill", 5.0)):
+        assert not found[end]["early"], "freed while the other host held it"
+        assert found[end]["seconds"] < limit, (end, found)
+
+
+def test_owner_killed_in_a_transfer_ends_every_pull(hosts: TwoHosts) -> None:  # RPC-1
+    with slow(hosts):
+        found = scenario(hosts, "owner_killed")
+    assert [kind for kind, _, _ in found["ended"]] == ["OwnerDiedError"] * 3, found["ended"]
+    assert max(seconds for _, _, seconds in found["ended"]) < 2.0, found["ended"]
+    assert found["again"]["equal"], "the consumer can pull from another owner"
+
+
+def test_cancelled_pull_harms_no_other(hosts: TwoHosts) -> None:  # OWN-1, CAN-1
+    with slow(hosts):
+        found = scenario(hosts, "cancel")
+    assert found["cancelled"]
+    assert found["seconds"] < 1.0, "a cancellation does not wait for the transfer"
+    assert found["unchanged"], "written after the cancelled await had ended"
+    assert found["whole"] == [False, True], "it was cut short, and the other was not"
+    assert found["in_flight"] == 0
+    assert found["again"]["equal"]
+
+
+def test_link_cut_in_a_transfer_ends_the_pull(hosts: TwoHosts) -> None:
+    outcomes, restored = hosts.h2.path("/dev/shm/outcomes"), hosts.h1.path("/dev/shm/restored")  # noqa: S108
+    for path in (outcomes, restored):
+        path.unlink(missing_ok=True)
+    hosts.slow(SLOW_MEGABITS)
+    with hosts.h1.start(DRIVERS, "link") as program:
+        try:
+            program.expect("BEGUN", seconds=60)
+            hosts.cut(silently=True)  # a pulled cable, seen once, does no different
+            cut = time.monotonic()
+            while not outcomes.exists():
+                assert time.monotonic() < cut + 20, "the pull goes on without a link"
+                time.sleep(0.01)
+        finally:
+            hosts.restore()
+            hosts.slow(None)
+        restored.touch()
+        found = finish(program)
+    kind, text, when = found["outcomes"][0]
+    print(f"cut: {kind} after {when - cut:.1f} s ({text}); Ray back {found['reached']:.1f} s")  # noqa: T201
+    assert kind == "PeerLostError", (kind, text)
+    assert when - cut < 10.0
+    assert found["again"]["equal"], "the same ref can be pulled again"
+    assert found["new"]["equal"]
+
+
+def test_listeners_are_bound_to_the_nodes_address_only(hosts: TwoHosts) -> None:
+    found = scenario(hosts, "listeners")
+    assert [host for host, _ in found["listeners"]] == [hosts.h1.address, hosts.h2.address]
+    assert found["bound"] == [hosts.h1.address]
+    assert found["own"] == 0
+    assert found["loopback"] == errno.ECONNREFUSED
+
+
+@pytest.mark.timeout(150)  # with a cluster of its own
+def test_lost_host_ends_pulls_and_frees_what_it_held() -> None:
+    # By default Ray takes half a minute to give a node up, and over four minutes to see that a
+    # borrower there, whose kernel said no goodbye, has gone with it.
+    health = {
+        "RAY_health_check_initial_delay_ms": "1000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "3000",
+        "RAY_health_check_failure_threshold": "2",
+        "RAY_grpc_client_keepalive_time_ms": "2000",
+        "RAY_grpc_client_keepalive_timeout_ms": "3000",
+    }
+    with two_hosts(environment=health) as hosts, slow(hosts):
+        with hosts.h1.start(DRIVERS, "host_lost") as program:
+            program.expect("BEGUN", seconds=60)
+            hosts.cut(silently=True)  # its kernel must not say goodbye
+            hosts.h2.kill()
+            lost = time.monotonic()
+            found = finish(program)
+        assert not hosts.h2.alive
+        assert not hosts.h2.pids()
+    kind, text, when = found["outcomes"][0]
+    print(f"host lost: {kind} after {when - lost:.1f} s; freed {found['freed'] - lost:.1f} s")  # noqa: T201
+    assert kind == "PeerLostError", (kind, text)
+    assert when - lost < 10.0
+    assert not found["early"]
+    assert found["freed"] - lost < 30.0
+    assert found["again"]["equal"]
