@@ -193,4 +193,5 @@ def _from_order(flat: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
         return flat.as_strided(shape, dense)
     order = memory_order(dense)
     inverse = [order.index(dim) for dim in range(len(order))]
-    return flat.permute(inverse).expand(meta.shape).clone()
+    made = torch.empty_strided(meta.shape, dense_stride(meta.shape, meta.stride), dtype=flat.dtype)
+    return made.copy_(flat.permute(inverse).expand(meta.shape))

@@ -37,7 +37,7 @@ _PYBUF_WRITE: Final = 0x200
 def view_memory(address: int, nbytes: int, *, writable: bool = False) -> memoryview:
     """The ``nbytes`` bytes at ``address``, which the caller keeps alive."""
     if nbytes == 0:
-        return memoryview(b"")
+        return memoryview(bytearray())
     flags = _PYBUF_WRITE if writable else _PYBUF_READ
     view: memoryview = _memory_view(address, nbytes, flags)
     return view

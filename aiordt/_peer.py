@@ -111,11 +111,13 @@ class Network:
         self._lost = lost
         self._connections: set[Connection] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._serving: asyncio.Task[object] | None = None
         self._closed = False
 
     async def serve(self) -> None:
         """Accept connections until closed."""
         loop = asyncio.get_running_loop()
+        self._serving = asyncio.current_task()
         while True:
             try:
                 sock, address = await loop.sock_accept(self._listener)
@@ -257,6 +259,9 @@ class Network:
     async def aclose(self) -> None:
         """Stop listening and end all connections. Idempotent."""
         self._closed = True
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait({self._serving})
         self._listener.close()
         for task in list(self._handshakes):
             task.cancel()

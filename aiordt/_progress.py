@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -125,6 +126,9 @@ async def finish(work: asyncio.Future[_T], stop: Callable[[], object] | None = N
             if cancelled is None and stop is not None:
                 stop()
             cancelled = exc
+            with anyio.CancelScope(shield=True):  # a scope would cancel again and again
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({work})
     if cancelled is not None:
         if not work.cancelled():
             work.exception()  # seen: no "never retrieved" warning
@@ -139,6 +143,8 @@ class IoThread:
         # Not the policy's: under Ray that is uvloop, whose add_reader makes a socket
         # non-blocking behind the back of the thread that sends on it.
         self.loop = asyncio.SelectorEventLoop()
+        self._lock = threading.Lock()
+        self._ending = False  # no more work is taken
         self._thread = threading.Thread(target=self._run, name="aiordt-io", daemon=True)
         self._thread.start()
 
@@ -183,11 +189,11 @@ class IoThread:
             if task is not None:
                 task.cancel()
 
-        try:
+        with self._lock:
+            if self._ending:
+                coroutine.close()
+                raise ClosedError("aiordt's runtime was closed")
             self.loop.call_soon_threadsafe(start)
-        except RuntimeError as exc:
-            coroutine.close()
-            raise ClosedError("aiordt's runtime was closed") from exc
         return await finish(outcome, lambda: post(self.loop, stop))
 
     def run_sync(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -214,10 +220,12 @@ class IoThread:
                 await asyncio.wait(rest, timeout=timeout / 2) if rest else None
                 self.loop.call_soon(self.loop.stop)
 
-        if not self._thread.is_alive():
-            cleanup.close()
-            return
-        post(self.loop, lambda: self.spawn(end()))
+        with self._lock:
+            if self._ending:
+                cleanup.close()
+                return
+            self._ending = True
+            self.loop.call_soon_threadsafe(lambda: self.spawn(end()))
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
             if not self._thread.is_alive():

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ray
 import ray.exceptions
+from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray.cloudpickle import CloudPickler
 from ray.util.client import ray as ray_client
@@ -120,6 +121,16 @@ def identity() -> Owner:
             actors = ray_worker.global_worker.actors
             name = next((type(actor).__name__ for actor in actors.values()), None)
     return Owner(context.get_node_id(), os.getpid(), actor_id, name)
+
+
+def is_gone(owner: Owner) -> bool:
+    """Whether Ray knows that a process is gone. Blocks for two round trips to the GCS."""
+    if any(node["NodeID"] == owner.node_id and not node["Alive"] for node in ray.nodes()):
+        return True
+    if owner.actor_id is None:
+        return False
+    actor = ray_state.actors(owner.actor_id)
+    return bool(actor) and (actor["State"] == "DEAD" or actor["Pid"] != owner.pid)
 
 
 def read_secret(session: Session) -> bytes:

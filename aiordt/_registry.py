@@ -24,7 +24,7 @@ import torch
 from typing_extensions import override
 
 from aiordt import _device
-from aiordt._errors import InvalidValueError, TensorFreedError
+from aiordt._errors import ClosedError, InvalidValueError, TensorFreedError
 from aiordt._memory import in_memory_order, storage_range, view_memory
 from aiordt._progress import post, settle
 from aiordt._refcount import Freed, Held, Released, State, step
@@ -144,8 +144,14 @@ class Registry(Source):
         return export
 
     def commit(self, export: Export, leases: Sequence[object]) -> None:
-        """Let ``leases``, one for each group, hold the export from now on."""
+        """Let ``leases``, one for each group, hold the export from now on.
+
+        Raises:
+            ClosedError: The registry was closed since `begin`.
+        """
         with self._lock:
+            if export.key not in self._exports:
+                raise ClosedError(f"Ray was shut down while {export.label} was being exported")
             for lease, group in zip(leases, export.groups, strict=True):
                 storages = frozenset(export.storages[index] for index in group)
                 step(self._state, Held(lease, storages))
@@ -155,8 +161,8 @@ class Registry(Source):
     def abandon(self, export: Export) -> None:
         """Undo `begin`."""
         with self._lock:
-            del self._exports[export.key]
-            self._apply(step(self._state, Released(export.key)))
+            if self._exports.pop(export.key, None) is not None:
+                self._apply(step(self._state, Released(export.key)))
 
     def drop(self, leases: Iterable[object]) -> None:
         """These leases are gone, over the whole cluster. Unknown ones are ignored."""
@@ -200,6 +206,8 @@ class Registry(Source):
             events: list[tuple[int, int, int, StorageKey]] = []
             for kind, keys in ((0, wanted), (1, self._state.counts)):
                 for key in keys:
+                    if not key[1]:
+                        continue
                     events.append((key[0], 1, kind, key))
                     events.append((key[0] + key[1], 0, kind, key))
         events.sort()
@@ -299,6 +307,8 @@ class Registry(Source):
     @override
     @asynccontextmanager
     async def open(self, items: Sequence[tuple[bytes, int]], nbytes: int) -> AsyncGenerator[Served]:
+        if not items:
+            raise InvalidValueError("a pull names no tensors")
         holder = object()
         with self._lock:
             found = [self.local(key, index) for key, index in items]
@@ -320,7 +330,8 @@ class Registry(Source):
             yield Served(views, found[0][0].ready)
         finally:
             with self._lock:
-                self._apply(step(self._state, Released(holder)))
+                if holder in self._state.holders:
+                    self._apply(step(self._state, Released(holder)))
 
     def close(self) -> None:
         """Give everything up; waiters are woken and see that the runtime has ended."""
@@ -340,6 +351,8 @@ def check_exportable(tensor: torch.Tensor) -> None:
     Raises:
         InvalidValueError: Says what the tensor is and what to do.
     """
+    if tensor.is_nested:
+        raise InvalidValueError("a nested tensor cannot be exported: export its .unbind()")
     if tensor.layout is not torch.strided:
         raise InvalidValueError(
             f"a tensor with layout {tensor.layout} cannot be exported: export its parts "

@@ -156,8 +156,7 @@ class Connection:
         """End it; pending calls on both sides raise. Idempotent."""
         self._task.cancel()
         self._end()
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({self._task})
+        await asyncio.wait({self._task})
 
 
 def _rebuilt(failure: _wire.Failure) -> AiordtError:

@@ -20,6 +20,7 @@ from aiordt import _config, _ray, _wire
 from aiordt._errors import (
     ClosedError,
     OwnerDiedError,
+    PeerLostError,
     TensorFreedError,
 )
 from aiordt._landing import (
@@ -58,6 +59,8 @@ _log = logging.getLogger(__name__)
 
 #: Notes to owners ("I pulled this") are gathered for so long.
 _NOTE_SECONDS: Final = 0.05
+#: How long Ray is given to say whether an unreachable owner is dead.
+_RAY_SECONDS: Final = 1.0
 #: Bytes that awaits may copy on the caller's loop before one of them lets others run.
 _COURTESY_NBYTES: Final = 4 * MIB
 #: Larger copies are made on a worker thread.
@@ -78,6 +81,7 @@ class Runtime:
         self.counters = Counters()
         self.pool = Pool(config.pool_nbytes)
         self.workers = Workers("worker", 4)
+        self._ray_questions = Workers("ray", 2)  # may block for long when the network is cut
         self.registry = Registry(self.workers)
         self.closed = False
         self._admission = Admission(config.max_in_flight_bytes)
@@ -271,9 +275,17 @@ class Runtime:
         try:
             return await self.routes.find(header.address, header.owner, forced)
         except OwnerDiedError as exc:
-            raise OwnerDiedError(
-                f"{header.owner} died, and its tensors with it ({exc})", owner=str(header.owner)
-            ) from exc
+            raise _died(header.owner, exc) from exc
+        except PeerLostError as exc:
+            if await self._ray_says_gone(header.owner):
+                raise _died(header.owner, exc) from exc
+            raise
+
+    async def _ray_says_gone(self, owner: Owner) -> bool:
+        """Whether an unreachable owner is known to be dead; ``False`` if Ray does not answer."""
+        asked = self._ray_questions.run(lambda: _ray.is_gone(owner))
+        done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
+        return bool(done) and asked.exception() is None and asked.result()
 
     def _admissible(self, refs: Sequence[Pullable], indices: list[int]) -> list[list[int]]:
         """Cut a batch into some that `max_in_flight_bytes` lets in."""
@@ -310,11 +322,12 @@ class Runtime:
                 if not link.read_nowait(parts):
                     await link.read(parts)
             except OwnerDiedError as exc:
-                raise OwnerDiedError(
-                    f"{refs[0].header.owner} died while (or before) {describe(refs[0])} was "
-                    "pulled; the tensor is lost with it",
-                    owner=str(refs[0].header.owner),
-                ) from exc
+                raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
+            except PeerLostError as exc:
+                owner = refs[0].header.owner
+                if await self._ray_says_gone(owner):
+                    raise _died(owner, exc, describe(refs[0])) from exc
+                raise
             phase("pull.arrived")
         finally:
             self.counters.ended(len(refs))
@@ -359,7 +372,12 @@ class Runtime:
         if self.pid == os.getpid():
             self.io.close(cleanup(), timeout)
         self.workers.close()
+        self._ray_questions.close()
         self.pool.close()
+
+
+def _died(owner: Owner, cause: Exception, what: str = "its tensors") -> OwnerDiedError:
+    return OwnerDiedError(f"{owner} died, and {what} with it ({cause})", owner=str(owner))
 
 
 def warn_if_shared(export: Export) -> None:

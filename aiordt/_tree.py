@@ -173,6 +173,8 @@ class Flat:
             return items
         if hasattr(cls, "_make"):
             return lambda values: cls._make(items(values))
+        if hasattr(cls, "n_sequence_fields"):  # a struct sequence, as torch.max returns
+            return lambda values: cls(items(values))
         if issubclass(cls, tuple):
             return lambda values: tuple.__new__(cls, items(values))
 

@@ -182,7 +182,7 @@ def decode(data: bytes) -> tuple[int, int, Message]:
     cls = _MESSAGES.get(code) if type(code) is int else None
     if cls is None or type(body) is not list or len(body) < len(cls.schema):
         raise ProtocolViolationError(f"unknown control message {code!r}")
-    if kind not in {KIND_REQUEST, KIND_REPLY, KIND_NOTE} or type(number) is not int:
+    if type(kind) is not int or not 0 <= kind <= KIND_NOTE or type(number) is not int:
         raise ProtocolViolationError(f"control message of unknown kind {kind!r}")
     values = body[: len(cls.schema)]
     for value, expected in zip(values, cls.schema, strict=True):
@@ -311,7 +311,7 @@ def unpack_hello(data: bytes) -> Hello:
     version, purpose, client, server, nonce, stream, _ = _unpack_handshake(data, 7)
     if version != VERSION:
         raise ProtocolViolationError(f"handshake of version {version!r}, not {VERSION}")
-    if purpose not in {CONTROL, STREAM}:
+    if type(purpose) is not str or purpose not in {CONTROL, STREAM}:
         raise ProtocolViolationError(f"handshake for unknown purpose {purpose!r}")
     for value in (client, server, nonce):
         if type(value) is not bytes or len(value) != NONCE_NBYTES:

@@ -288,12 +288,20 @@ class _Job:
             except Exception as exc:  # noqa: BLE001  (handed to the waiter)
                 errors.append(exc)
                 self._stopped = True
+            end()
+
+        def end() -> None:
             active.pop()
             if not active:
                 post(loop, settle, future, None, errors[0] if errors else None)
 
         for _ in range(readers):
-            workers.submit(turn)
+            try:
+                workers.submit(turn)
+            except ClosedError as exc:
+                errors.append(exc)
+                self._stopped = True
+                end()  # the readers that did start are waited for
         return future
 
     def stop(self) -> None:

@@ -24,7 +24,7 @@ from typing_extensions import override
 from aiordt._errors import AiordtError, ClosedError, ProtocolViolationError
 from aiordt._memory import view_memory
 from aiordt._metrics import phase
-from aiordt._progress import Workers, finish
+from aiordt._progress import Workers, finish, post
 from aiordt._types import KIB, MIB
 from aiordt._wire import KEY_NBYTES, Message, Pull, PullReply, stripes
 from aiordt.abc import Availability, Link, Transport
@@ -101,6 +101,7 @@ class TcpLink(Link):
         self._idle: list[tuple[bytes, socket.socket]] = []
         self._busy: set[socket.socket] = set()
         self._closed = False
+        self._reads: set[asyncio.Task[object]] = set()
 
     @override
     async def read(self, parts: Sequence[Part]) -> None:
@@ -109,6 +110,12 @@ class TcpLink(Link):
         await self._io.run(self._read(parts))
 
     async def _read(self, parts: Sequence[Part]) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._reads.add(task)
+            task.add_done_callback(self._reads.discard)
+        if self._closed:
+            raise ClosedError(f"the link to {self._peer.address} was closed")
         nbytes = sum(part.nbytes for part in parts)
         views = [view_memory(part.target, part.nbytes, writable=True) for part in parts]
         items = [(part.key, part.index) for part in parts]
@@ -175,24 +182,19 @@ class TcpLink(Link):
     @override
     async def aclose(self) -> None:
         self._closed = True
-        _break(*self._busy)
+        post(self._io.loop, self._close)
+
+    def _close(self) -> None:
+        for task in list(self._reads):
+            task.cancel()  # its `IoThread.run` raises ClosedError (CLS-2)
         while self._idle:
             self._idle.pop()[1].close()
 
 
 async def _settled(works: Sequence[asyncio.Future[None]]) -> None:
     """Wait until all of ``works`` have ended; their outcomes were or will be told elsewhere."""
-    cancelled: asyncio.CancelledError | None = None
-    for work in works:
-        while not work.done():
-            try:
-                await asyncio.wait({work})
-            except asyncio.CancelledError as exc:
-                cancelled = exc
-        if not work.cancelled():
-            work.exception()
-    if cancelled is not None:
-        raise cancelled
+    if works:
+        await finish(asyncio.gather(*works, return_exceptions=True))
 
 
 class TcpTransport(Transport):
@@ -241,16 +243,17 @@ class TcpTransport(Transport):
             return None
         if not request.streams:
             return await self._serve_reply(request)
-        socks = []
-        for name in request.streams:
-            key = (peer_id, name)
-            while (earlier := self._busy.get(self._accepted.get(key))) is not None:
-                await earlier.wait()  # its bytes have arrived; the sender is about to see that
-            sock = self._accepted.get(key)
-            if sock is None:
-                raise ProtocolViolationError("a pull names a stream that is not open")
-            self._busy[sock] = asyncio.Event()
-            socks.append(sock)
+        keys = [(peer_id, name) for name in request.streams]
+        while earlier := [
+            self._busy[self._accepted[key]]
+            for key in keys
+            if key in self._accepted and self._accepted[key] in self._busy
+        ]:
+            await earlier[0].wait()  # its bytes have arrived; the sender is about to see that
+        socks = [self._accepted[key] for key in keys if key in self._accepted]
+        if len(set(socks)) < len(keys):
+            raise ProtocolViolationError("a pull names a stream that is not open, or twice")
+        self._busy.update((sock, asyncio.Event()) for sock in socks)
         opened: asyncio.Future[None] = self._io.loop.create_future()
         task = self._io.loop.create_task(self._send_streams(request, socks, opened))
         self._sending.add(task)
@@ -286,9 +289,14 @@ class TcpTransport(Transport):
                     if not all(_succeeded(work) for work in works):
                         _break(*socks)  # the reader and the other stripes end at once
                     await _settled(works)  # OWN-1: the tensors are held until here
-        except AiordtError as exc:
+        except Exception as exc:
             if not opened.done():
                 opened.set_exception(exc)
+            elif not isinstance(exc, AiordtError):
+                raise
+        except BaseException:
+            opened.cancel()
+            raise
         finally:
             for sock in socks:
                 self._busy.pop(sock).set()

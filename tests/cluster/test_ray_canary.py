@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import os
+import signal
 import threading
 from typing import Any
 
 import pytest
 import ray
 from ray._private import worker as ray_worker
+from typing_extensions import override
 
 from aiordt import _ray
 from tests.support import eventually
@@ -66,6 +70,7 @@ def test_in_band_is_told_from_out_of_band(cluster: None) -> None:
     seen: list[bool] = []
 
     class Probe:
+        @override
         def __reduce__(self) -> tuple[object, ...]:
             seen.append(_ray.is_in_band())
             return Probe, ()
@@ -77,6 +82,7 @@ def test_in_band_is_told_from_out_of_band(cluster: None) -> None:
 
 def test_reducer_is_used_by_rays_pickler_only(cluster: None) -> None:
     class Thing:
+        @override
         def __reduce__(self) -> tuple[object, ...]:
             raise TypeError("plain")
 
@@ -107,6 +113,20 @@ def test_session_identity_and_address(cluster: None, spawn: Any) -> None:
     assert ray.get(in_task.remote()) == (True, None)
     actor = spawn(ray.remote(InActor))
     assert ray.get(actor.ask.remote()) == (False, actor._actor_id.hex())
+
+
+async def test_ray_knows_who_is_gone(cluster: None, spawn: Any) -> None:
+    class InActor:
+        async def ask(self) -> Any:
+            return _ray.identity()
+
+    actor = spawn(ray.remote(InActor))
+    owner = await actor.ask.remote()
+    assert not _ray.is_gone(owner)
+    assert not _ray.is_gone(_ray.identity())
+    assert _ray.is_gone(dataclasses.replace(owner, pid=owner.pid + 1))  # restarted since
+    os.kill(owner.pid, signal.SIGKILL)
+    await eventually(lambda: _ray.is_gone(owner), what="Ray's notice of the death")
 
 
 async def test_object_ready_does_not_raise(cluster: None) -> None:

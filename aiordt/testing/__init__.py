@@ -1,0 +1,42 @@
+"""Tools to test aiordt itself, transports for it, and programs that use it.
+
+* `check_transport` checks every promise of a `aiordt.abc.Link`; a `Pair` is what it is given,
+  and `process_pairs` makes pairs for aiordt's own transports.
+* `at_phase`, `record_phases`, `cancel_from_anywhere` and `cancel_randomly` strike at exact
+  points of a transfer, and at random ones.
+* `check_leaks` and `Leaks` list what was left behind.
+* `eventually` and `wait_until` wait for a condition, with a deadline.
+"""
+
+from __future__ import annotations
+
+from aiordt.testing._conformance import check_transport
+from aiordt.testing._leaks import Leaks, check_leaks
+from aiordt.testing._pair import Exported, MakePair, Pair
+from aiordt.testing._phases import (
+    Phases,
+    at_phase,
+    cancel_from_anywhere,
+    cancel_randomly,
+    record_phases,
+)
+from aiordt.testing._polling import eventually, wait_until
+from aiordt.testing._process import ServingProcess, process_pairs
+
+__all__ = [
+    "Exported",
+    "Leaks",
+    "MakePair",
+    "Pair",
+    "Phases",
+    "ServingProcess",
+    "at_phase",
+    "cancel_from_anywhere",
+    "cancel_randomly",
+    "check_leaks",
+    "check_transport",
+    "eventually",
+    "process_pairs",
+    "record_phases",
+    "wait_until",
+]

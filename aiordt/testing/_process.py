@@ -1,0 +1,333 @@
+"""Real processes at the other end of the transports that aiordt has, without Ray.
+
+`serve` is what runs in such a process: it exports what it is told to over a socket that it
+inherits, and lets peers read it. `process_pairs` makes pairs of such a process and a link.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgpack
+import torch
+from typing_extensions import override
+
+from aiordt import _wire
+from aiordt._memory import view_memory
+from aiordt._peer import Network, RemotePeer, listen
+from aiordt._progress import IoThread, Workers, post
+from aiordt._registry import Registry
+from aiordt._types import DTYPE_CODES, DTYPES
+from aiordt.abc import PeerAddress
+from aiordt.testing._pair import Exported, Pair
+from aiordt.transports.cma import CmaTransport, allow_readers, host_id
+from aiordt.transports.tcp import TcpTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    from aiordt._wire import Message
+    from aiordt.abc import Link, Transport
+
+_SECRET: Final = b"a fixed secret for tests only"
+_HOST: Final = "127.0.0.1"
+_START_SECONDS: Final = 60.0
+_PROGRAM: Final = (
+    "import sys; from aiordt.testing import _process; "
+    "_process.serve(int(sys.argv[1]), busy=sys.argv[2] == 'busy')"
+)
+
+
+class _Half:
+    """All of aiordt that knows no Ray, for one process."""
+
+    def __init__(self, num_streams: int = 2) -> None:
+        runtime_id = os.urandom(_wire.NONCE_NBYTES)
+        self._token = ctypes.create_string_buffer(runtime_id, len(runtime_id))
+        self._workers = Workers("testing", 2)
+        self.registry = Registry(self._workers)
+        self.io = IoThread()
+        self._tcp = TcpTransport(self.io, self.registry, num_streams=num_streams)
+        self.transports: dict[str, Transport] = {"cma": CmaTransport(), "tcp": self._tcp}
+        listener = listen(_HOST)
+        self.address = PeerAddress(
+            _HOST,
+            listener.getsockname()[1],
+            runtime_id,
+            os.getpid(),
+            host_id(),
+            ctypes.addressof(self._token),
+        )
+        allow_readers()
+        self._network = Network(
+            listener,
+            runtime_id,
+            secret=self._secret,
+            handle=self._handle,
+            accept=self._tcp.accept,
+            lost=self._tcp.forget,
+        )
+        post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
+
+    @staticmethod
+    async def _secret() -> bytes:
+        return _SECRET
+
+    async def _handle(self, message: Message, peer_id: bytes) -> Message | None:
+        return await self._tcp.serve(message, peer_id)
+
+    async def connect(self, name: str, address: PeerAddress) -> Link:
+        """A link to another half."""
+        return await self.transports[name].connect(RemotePeer(address, self._network))
+
+    def close(self) -> None:
+        """End everything; blocks for a moment."""
+
+        async def cleanup() -> None:
+            await self._network.aclose()
+            for transport in self.transports.values():
+                await transport.aclose()
+
+        self.io.close(cleanup(), 5)
+        self._workers.close()
+
+
+# --- what the two processes say to each other ---------------------------------------------------
+
+_LENGTH: Final = struct.Struct("!Q")
+
+
+def _send(sock: socket.socket, message: object) -> None:
+    data = msgpack.packb(message)
+    sock.sendall(_LENGTH.pack(len(data)))
+    sock.sendall(data)
+
+
+def _receive_exactly(sock: socket.socket, nbytes: int) -> bytearray:
+    data = bytearray(nbytes)
+    view = memoryview(data)
+    while view:
+        got = sock.recv_into(view)
+        if not got:
+            raise EOFError
+        view = view[got:]
+    return data
+
+
+def _receive(sock: socket.socket) -> Any:  # noqa: ANN401
+    (length,) = _LENGTH.unpack(_receive_exactly(sock, _LENGTH.size))
+    return msgpack.unpackb(_receive_exactly(sock, length))
+
+
+def _pack(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], bytes]:
+    """A tensor and the memory that it spans."""
+    nbytes = 0
+    if tensor.numel():
+        last = sum(
+            (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        nbytes = (last + 1) * tensor.itemsize
+    memory = bytes(view_memory(tensor.data_ptr(), nbytes))
+    return DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride(), memory
+
+
+def _unpack(packed: list[Any]) -> torch.Tensor:
+    code, shape, stride, memory = packed
+    dtype = DTYPES[code]
+    flat = torch.frombuffer(bytearray(memory), dtype=dtype) if memory else torch.empty(0)
+    return flat.to(dtype).as_strided(shape, stride)
+
+
+def _compute() -> None:
+    number = 0
+    while True:
+        number += 1
+
+
+def serve(fd: int, *, busy: bool) -> None:
+    """The program of the other process; ends with its parent.
+
+    Args:
+        fd: File descriptor of a socket over which it is told what to export.
+        busy: Whether a thread of it computes all the time, in Python.
+    """
+    if busy:
+        threading.Thread(target=_compute, daemon=True).start()
+    control = socket.socket(fileno=fd)
+    torch.set_num_threads(1)
+    half = _Half()
+    address = half.address
+    _send(
+        control,
+        [
+            address.host,
+            address.port,
+            address.runtime_id,
+            address.pid,
+            address.host_id,
+            address.token_address,
+        ],
+    )
+    with suppress(EOFError, ConnectionError):
+        while True:
+            tensors = [_unpack(packed) for packed in _receive(control)]
+            export = half.registry.begin(tensors, "testing")
+            half.registry.commit(export, [object() for _ in export.groups])
+            _send(control, [export.key, [tensor.data_ptr() for tensor in tensors]])
+    os._exit(0)
+
+
+class ServingProcess:
+    """A process of its own that exports tensors, without Ray.
+
+    Args:
+        busy: Whether its interpreter is to be busy: every thread there waits for the GIL.
+
+    Attributes:
+        address: Where it is.
+        process: The process.
+    """
+
+    def __init__(self, *, busy: bool = False) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            root = Path(__file__).parent.parent.parent
+            path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+            self.process = subprocess.Popen(  # noqa: S603  (this very module)
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), "busy" if busy else ""],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        self._control = ours
+        ours.settimeout(_START_SECONDS)
+        self._address: PeerAddress | None = None
+        self._stopped = False
+
+    @property
+    def address(self) -> PeerAddress:
+        """Where it is; the first time, waits until it has started."""
+        if self._address is None:
+            self._address = PeerAddress(*_receive(self._control))
+        return self._address
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still there."""
+        return self.process.poll() is None
+
+    def export(self, tensors: Sequence[torch.Tensor]) -> list[Exported]:
+        """Make it export copies of ``tensors``; blocks for as long as it takes."""
+        _send(self._control, [_pack(tensor) for tensor in tensors])
+        key, addresses = _receive(self._control)
+        return [
+            Exported(key, index, address, tensor)
+            for index, (address, tensor) in enumerate(zip(addresses, tensors, strict=True))
+        ]
+
+    def stop(self) -> None:
+        """Stop it with SIGSTOP."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def cont(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it with SIGKILL, and wait for its end."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """End it, if it is still there. Idempotent."""
+        self._control.close()
+        self.kill()
+
+
+class _ProcessPair(Pair):
+    def __init__(
+        self, half: _Half, link: Link, process: ServingProcess, *, can_pause: bool
+    ) -> None:
+        self.link = link
+        self.can_pause = can_pause
+        self._half = half
+        self._process = process
+
+    @override
+    async def export(self, tensors: Sequence[torch.Tensor]) -> list[Exported]:
+        return self._process.export(tensors)
+
+    @override
+    async def kill(self) -> None:
+        self._process.kill()
+
+    @override
+    def pause(self) -> None:
+        self._process.stop()
+
+    @override
+    def resume(self) -> None:
+        self._process.cont()
+
+    @override
+    async def aclose(self) -> None:
+        await self.link.aclose()
+        self._half.close()  # a moment; a thread of asyncio's pool would look like a leak
+
+
+class process_pairs:  # noqa: N801  (used as a function)
+    """Makes pairs for one of aiordt's transports: this process, and real ones that serve.
+
+    A serving process is used for one pair after another until it is killed. To be used in a
+    ``with`` statement, and called without arguments::
+
+        with process_pairs("cma") as make_pair:
+            await check_transport(make_pair)
+
+    Args:
+        transport: ``"cma"`` or ``"tcp"``.
+        busy: As of `ServingProcess`.
+    """
+
+    def __init__(self, transport: str, *, busy: bool = False) -> None:
+        self._transport = transport
+        self._busy = busy
+        self._process: ServingProcess | None = None
+        self._spare: ServingProcess | None = None
+
+    def __enter__(self) -> Self:
+        self._spare = ServingProcess(busy=self._busy)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in (self._process, self._spare):
+            if process is not None:
+                process.close()
+
+    async def __call__(self) -> Pair:
+        """Make a pair; blocks until its process has started."""
+        process = self._process
+        if process is None or not process.alive:
+            if process is not None:
+                process.close()
+            process, self._spare = self._spare or ServingProcess(busy=self._busy), None
+            self._process = process
+        half = _Half()
+        try:
+            link = await half.connect(self._transport, process.address)
+        except BaseException:
+            half.close()
+            raise
+        return _ProcessPair(half, link, process, can_pause=self._transport == "tcp")

@@ -1,0 +1,187 @@
+"""What is particular to same-host reads: the proof of who is there, and its death."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from typing_extensions import override
+
+from aiordt._errors import OwnerDiedError, TransferError, UnavailableError
+from aiordt.abc import Part, Peer, PeerAddress
+from aiordt.testing import check_leaks, wait_until
+from aiordt.transports import cma
+from aiordt.transports.cma import CmaTransport
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+    from aiordt._wire import Message
+
+pytestmark = pytest.mark.skipif(
+    not CmaTransport.probe().usable, reason=f"cma: {CmaTransport.probe().reason}"
+)
+
+
+class Known(Peer):
+    """A peer of which only the address is needed."""
+
+    def __init__(self, address: PeerAddress) -> None:
+        self.address = address
+
+    @override
+    async def reach(self) -> None:
+        raise AssertionError
+
+    @override
+    async def call(self, request: Message) -> Message:
+        raise AssertionError
+
+    @override
+    async def open_stream(self, stream: bytes) -> socket.socket:
+        raise AssertionError
+
+    @override
+    async def verdict(self, cause: Exception, *, transport: str, nbytes: int) -> Exception:
+        raise AssertionError
+
+
+TOKEN = bytes(range(16))
+MEMORY = ctypes.create_string_buffer(TOKEN, 16)
+
+
+def here(**changes: Any) -> PeerAddress:
+    """This process, as another would know it."""
+    address = PeerAddress(
+        "127.0.0.1", 1, TOKEN, os.getpid(), cma.host_id(), ctypes.addressof(MEMORY)
+    )
+    return dataclasses.replace(address, **changes)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """Another process, without aiordt."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+async def test_a_link_needs_the_token_where_it_is_said_to_be() -> None:  # CMA-1
+    transport = CmaTransport()
+    async with await transport.connect(Known(here())) as link:
+        assert link.death_fd is not None
+    wrong = {
+        "another runtime": here(runtime_id=bytes(16)),
+        "another address": here(token_address=ctypes.addressof(MEMORY) + 1),
+        "not mapped": here(token_address=4096),
+        "another host": here(host_id=bytes(16)),
+        "no such process": here(pid=2**22 - 1),
+    }
+    with check_leaks():
+        for name, address in wrong.items():
+            with pytest.raises(UnavailableError) as info:
+                await transport.connect(Known(address))
+            assert info.value.transport == "cma", name
+            assert info.value.reason in str(info.value)
+    await transport.aclose()
+
+
+async def test_another_process_with_the_pid_is_refused(
+    sleeper: subprocess.Popen[bytes],
+) -> None:  # CMA-1
+    transport = CmaTransport()
+    with pytest.raises(UnavailableError, match="another one"):
+        await transport.connect(Known(here(pid=sleeper.pid)))
+    await transport.aclose()
+
+
+async def test_a_read_counts_only_if_the_owner_lives(
+    sleeper: subprocess.Popen[bytes],
+) -> None:  # CMA-2
+    """The pid is ours and the memory is there, but the process that was proved is dead."""
+    transport = CmaTransport()
+    pidfd = os.pidfd_open(sleeper.pid)
+    link = cma.CmaLink(os.getpid(), pidfd, name="reused pid", workers=transport._workers)
+    source, target = torch.arange(1 << 20), torch.zeros(1 << 20, dtype=torch.int64)
+    small = Part(b"", 0, source.data_ptr(), target.data_ptr(), 64, 64, None)
+    large = Part(b"", 0, source.data_ptr(), target.data_ptr(), 8 << 20, 8 << 20, None)
+    assert link.read_nowait([small])
+    await link.read([large])
+    assert torch.equal(source, target)
+    sleeper.kill()
+    sleeper.wait()
+    with pytest.raises(OwnerDiedError, match="reused pid"):
+        link.read_nowait([small])
+    with pytest.raises(OwnerDiedError, match="reused pid"):
+        await link.read([large])
+    await link.aclose()
+    await transport.aclose()
+
+
+async def test_any_thread_may_ask_whether_the_owner_lives() -> None:  # CMA-2
+    """Reads of several loops, and failing workers, look at the same descriptor at once."""
+    transport = CmaTransport()
+    link = await transport.connect(Known(here()))
+    source, target = torch.ones(64), torch.zeros(64)
+    part = Part(b"", 0, source.data_ptr(), target.data_ptr(), 64, 64, None)
+    errors: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            for _ in range(2000):
+                link.read_nowait([part])
+        except BaseException as exc:  # noqa: BLE001  (told below)
+            errors.append(exc)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(
+        lambda: not any(thread.is_alive() for thread in threads),
+        what="the reads have ended",
+        within=30,
+    )
+    sys.setswitchinterval(interval)
+    await link.aclose()
+    await transport.aclose()
+    assert errors == []
+
+
+async def test_a_read_that_stops_short_is_a_failed_transfer() -> None:  # OWN-1
+    """The kernel reads up to the first piece that is not mapped, and says how much."""
+    transport = CmaTransport()
+    link = await transport.connect(Known(here()))
+    source = torch.arange(8192, dtype=torch.uint8)
+    target = torch.zeros(3 * 4096, dtype=torch.uint8)
+    for offsets in ([0, 4096, 4096 - source.data_ptr()], [0, 4096 - source.data_ptr(), 4096]):
+        runs = np.array(offsets, dtype=np.int64)
+        part = Part(b"", 0, source.data_ptr(), target.data_ptr(), 3 * 4096, 4096, runs)
+        with pytest.raises(TransferError):
+            await link.read([part])
+    await link.aclose()
+    await transport.aclose()
+
+
+async def test_memory_that_is_not_there_is_a_failed_transfer() -> None:
+    transport = CmaTransport()
+    link = await transport.connect(Known(here()))
+    target = torch.zeros(8 << 20, dtype=torch.uint8)
+    for nbytes in (64, 8 << 20):
+        part = Part(b"", 0, 4096, target.data_ptr(), nbytes, nbytes, None)
+        with pytest.raises(TransferError) as info:
+            await link.read([part])
+        assert (info.value.transport, info.value.nbytes) == ("cma", nbytes)
+    await link.aclose()
+    await transport.aclose()

@@ -1,0 +1,603 @@
+"""Two processes' networks on loopback: who is let in, and what a call comes to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import hmac
+import logging
+import os
+import random
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiordt import _peer, _wire
+from aiordt._errors import (
+    AiordtError,
+    AuthenticationError,
+    ClosedError,
+    InvalidValueError,
+    OwnerDiedError,
+    PeerLostError,
+    ProtocolViolationError,
+    TensorFreedError,
+    TransferError,
+)
+from aiordt._peer import Network, RemotePeer, listen
+from aiordt._wire import Cancel, Failure, Hello, Message, Pull, PullReply, Seen
+from aiordt.abc import PeerAddress
+from aiordt.testing import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+SECRET = b"the cluster's secret"
+SETTLE = 0.03  # how long to wait for what must not happen
+HELLO_NBYTES = 16
+
+
+class End:
+    """One process: a network, and what came to it."""
+
+    def __init__(self, secret: bytes = SECRET) -> None:
+        self.secret = secret
+        self.listener = listen("127.0.0.1")
+        self.port = self.listener.getsockname()[1]
+        self.runtime_id = os.urandom(16)
+        self.seen: list[tuple[Message, bytes]] = []
+        self.streams: dict[bytes, socket.socket] = {}
+        self.lost: list[bytes] = []
+        self.answer: Callable[[Message], Awaitable[Message | None]] = self.echo
+        self.network = Network(
+            self.listener,
+            self.runtime_id,
+            secret=self.read_secret,
+            handle=self.handle,
+            accept=self.accept,
+            lost=self.lost.append,
+        )
+        self.serving = asyncio.create_task(self.network.serve())
+        self.peers: list[RemotePeer] = []
+
+    @property
+    def address(self) -> PeerAddress:
+        return PeerAddress("127.0.0.1", self.port, self.runtime_id, os.getpid(), bytes(16), 0)
+
+    async def read_secret(self) -> bytes:
+        return self.secret
+
+    async def echo(self, message: Message) -> Message | None:
+        return PullReply(b"echo") if isinstance(message, Pull) else None
+
+    async def handle(self, message: Message, peer_id: bytes) -> Message | None:
+        self.seen.append((message, peer_id))
+        return await self.answer(message)
+
+    def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
+        self.streams[stream] = sock
+        return True
+
+    def peer(self, other: End) -> RemotePeer:
+        made = RemotePeer(other.address, self.network)
+        self.peers.append(made)
+        return made
+
+    async def aclose(self) -> None:
+        for peer in self.peers:
+            await peer.aclose()
+        await self.network.aclose()
+        self.serving.cancel()
+        await asyncio.wait({self.serving})
+        for sock in self.streams.values():
+            sock.close()
+
+
+def num_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[Callable[..., End]]:
+    """Makes ends; afterwards every file descriptor of theirs must be closed."""
+    made: list[End] = []
+    before = num_fds()
+
+    def make(secret: bytes = SECRET) -> End:
+        made.append(End(secret))
+        return made[-1]
+
+    yield make
+    for end in made:
+        await end.aclose()
+    await eventually(lambda: num_fds() <= before, what="every file descriptor is closed")
+
+
+PULL = Pull([(b"k" * 16, 0)], 4, [])
+
+
+# --- calls --------------------------------------------------------------------------------------
+
+
+async def test_calls_in_both_directions(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()
+    assert await left.peer(right).call(PULL) == PullReply(b"echo")
+    assert await right.peer(left).call(PULL) == PullReply(b"echo")
+    assert right.seen == [(PULL, left.runtime_id)], "the caller is who it proved to be"
+    assert left.seen == [(PULL, right.runtime_id)]
+
+
+async def test_many_calls_share_one_connection_and_keep_apart(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()
+
+    async def slow_first(message: Message) -> Message:
+        assert isinstance(message, Pull)
+        await asyncio.sleep(0.02 if message.nbytes % 2 else 0)
+        return PullReply(str(message.nbytes).encode())
+
+    right.answer = slow_first
+    peer = left.peer(right)
+    replies = await asyncio.gather(*(peer.call(Pull([], number, [])) for number in range(50)))
+    assert replies == [PullReply(str(number).encode()) for number in range(50)]
+    assert len(right.network._connections) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (TensorFreedError("gone"), TensorFreedError),
+        (InvalidValueError("size"), InvalidValueError),
+        (ClosedError("over"), ClosedError),
+        (ProtocolViolationError("what"), ProtocolViolationError),
+        (TransferError("x", transport="t", peer="p", nbytes=1), ProtocolViolationError),
+        (ZeroDivisionError("bug"), ProtocolViolationError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+async def test_errors_come_back(
+    ends: Callable[..., End], raised: Exception, expected: type[AiordtError]
+) -> None:  # RPC-1
+    left, right = ends(), ends()
+
+    async def fail(_: Message) -> Message:
+        raise raised
+
+    right.answer = fail
+    with pytest.raises(expected, match=str(raised)):
+        await left.peer(right).call(PULL)
+    right.answer = right.echo
+    assert await left.peer(right).call(PULL) == PullReply(b"echo"), "RPC-2: it ended alone"
+
+
+async def test_an_unknown_request_is_refused(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()
+    with pytest.raises(ProtocolViolationError, match="unknown request"):
+        await left.peer(right).call(Failure("kind", "text"))
+
+
+async def test_notes_have_no_reply(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()
+    peer = left.peer(right)
+    await peer.note(Seen([b"k" * 16]))
+    assert await peer.call(PULL) == PullReply(b"echo")
+    await eventually(lambda: len(right.seen) == 2, what="note and request have come")
+    assert right.seen[0][0] == Seen([b"k" * 16])
+
+
+async def test_a_cancelled_call_is_cancelled_over_there(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()  # CAN-1, RPC-2
+    started, stopped = asyncio.Event(), asyncio.Event()
+
+    async def hang(_: Message) -> Message:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+        raise AssertionError
+
+    right.answer = hang
+    peer = left.peer(right)
+    task = asyncio.create_task(peer.call(PULL))
+    await asyncio.wait_for(started.wait(), 5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(stopped.wait(), 5)
+    right.answer = right.echo
+    assert await peer.call(PULL) == PullReply(b"echo"), "RPC-2: the connection goes on"
+    assert len(right.network._connections) == 1
+
+
+async def test_cancelling_one_of_two_first_callers(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()  # ISO-1
+    peer = left.peer(right)
+    first = asyncio.create_task(peer.call(PULL))
+    second = asyncio.create_task(peer.call(PULL))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert await second == PullReply(b"echo")
+
+
+async def test_a_lost_connection_ends_pending_calls(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()  # RPC-1, DTH-1
+    started = asyncio.Event()
+
+    async def hang(_: Message) -> Message:
+        started.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    right.answer = hang
+    peer = left.peer(right)
+    tasks = [asyncio.create_task(peer.call(PULL)) for _ in range(5)]
+    await asyncio.wait_for(started.wait(), 5)
+    for connection in list(right.network._connections):
+        await connection.aclose()
+    done, _ = await asyncio.wait(tasks, timeout=2)
+    assert len(done) == 5, "DTH-1: within 2 s"
+    assert all(isinstance(task.exception(), OwnerDiedError) for task in tasks)
+    assert left.lost == [right.runtime_id]
+    assert right.lost == [left.runtime_id]
+
+
+async def test_a_peer_is_reached_again_after_its_connection_broke(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()
+    peer = left.peer(right)
+    await peer.call(PULL)
+    for connection in list(right.network._connections):
+        await connection.aclose()
+    await eventually(lambda: left.lost, what="the loss was noticed")
+    assert await peer.call(PULL) == PullReply(b"echo")
+
+
+async def test_closing_a_connection_can_be_cancelled(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()  # CAN-1, CLS-1
+    await left.peer(right).call(PULL)
+    (connection,) = left.network._connections
+    task = asyncio.create_task(connection.aclose())
+    await asyncio.sleep(0)
+    if task.cancel():
+        await asyncio.wait({task})
+        assert task.cancelled(), "CAN-1"
+    assert connection.closed.is_set(), "CLS-1: closes even when cancelled"
+    await connection.aclose()
+
+
+async def test_a_closed_network_refuses_and_ends_calls(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()  # CLS-1, CLS-2
+    started = asyncio.Event()
+
+    async def hang(_: Message) -> Message:
+        started.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    right.answer = hang
+    task = asyncio.create_task(left.peer(right).call(PULL))
+    await asyncio.wait_for(started.wait(), 5)
+    await left.network.aclose()
+    await left.network.aclose()
+    done, _ = await asyncio.wait({task}, timeout=2)
+    assert done, "CLS-2: pending calls end"
+    assert isinstance(task.exception(), AiordtError)
+
+
+# --- who is let in ------------------------------------------------------------------------------
+
+
+async def test_another_secret_is_refused_both_ways(
+    ends: Callable[..., End], caplog: pytest.LogCaptureFixture
+) -> None:  # AUTH-1
+    left, right = ends(), ends(b"another secret")
+    for one, other in ((left, right), (right, left)):
+        with pytest.raises(AuthenticationError, match="share the cluster's secret") as info:
+            await one.peer(other).call(PULL)
+        assert info.value.peer == str(other.address)
+        assert other.seen == [], "AUTH-1"
+        with pytest.raises(AuthenticationError):
+            await one.peer(other).open_stream(bytes(16))
+        assert other.streams == {}
+    assert left.network._connections == right.network._connections == set()
+    gc.collect()  # a task that failed unseen says so when it is garbage
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+class Intruder:
+    """Speaks the handshake byte by byte, without the secret or with it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    @staticmethod
+    async def connect(end: End) -> Intruder:
+        sock = socket.socket()
+        sock.setblocking(False)  # noqa: FBT003  (its signature)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", end.port))
+        return Intruder(sock)
+
+    async def send(self, data: bytes) -> None:
+        with contextlib.suppress(ConnectionError):
+            await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+    async def frame(self, body: bytes) -> None:
+        await self.send(_wire.HEADER.pack(len(body)) + body)
+
+    async def rest(self) -> bytes:
+        """What comes until the other end closes, which must be soon."""
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                while got := await asyncio.get_running_loop().sock_recv(self.sock, 4096):
+                    data += got
+        self.sock.close()
+        return data
+
+    async def body(self) -> bytes:
+        async with asyncio.timeout(5):
+            return await _peer._receive_frame(self.sock)
+
+
+def hello_to(end: End, **changes: object) -> Hello:
+    fields: dict[str, object] = {
+        "purpose": _wire.CONTROL,
+        "client": b"c" * 16,
+        "server": end.runtime_id,
+        "nonce": os.urandom(16),
+        "stream": b"",
+        **changes,
+    }
+    return Hello(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("purpose", [_wire.CONTROL, _wire.STREAM])
+@pytest.mark.parametrize("guess", ["nothing", "random", "reflected", "the server's own"])
+async def test_without_the_secret_nobody_is_let_in(
+    ends: Callable[..., End], purpose: str, guess: str
+) -> None:  # AUTH-1, WIRE-3
+    end = ends()
+    intruder = await Intruder.connect(end)
+    hello = hello_to(end, purpose=purpose, stream=b"s" * 16 if purpose == _wire.STREAM else b"")
+    await intruder.frame(_wire.pack_hello(hello))
+    challenge = _wire.unpack_challenge(await intruder.body())
+    assert hmac.compare_digest(
+        challenge.proof, _wire.proof(SECRET, b"server", hello, challenge.nonce)
+    )
+    answers = {
+        "nothing": b"\0",
+        "random": os.urandom(32),
+        "reflected": challenge.proof,
+        "the server's own": _wire.proof(b"guess", b"client", hello, challenge.nonce),
+    }
+    await intruder.frame(answers[guess])
+    assert _peer._WELCOME not in await intruder.rest()
+    assert end.seen == []
+    assert end.streams == {}
+    assert end.network._connections == set()
+
+
+async def test_replayed_handshakes_are_refused(ends: Callable[..., End]) -> None:  # AUTH-1, WIRE-3
+    """All that an honest client said, said again, opens nothing."""
+    end = ends()
+    honest = await Intruder.connect(end)
+    hello = hello_to(end)
+    await honest.frame(_wire.pack_hello(hello))
+    challenge = _wire.unpack_challenge(await honest.body())
+    proof = _wire.proof(SECRET, b"client", hello, challenge.nonce)
+    await honest.frame(proof)
+    assert await honest.body() == _peer._WELCOME
+    sealer, _ = _wire.sealers(SECRET, hello, challenge.nonce)
+    request = sealer.seal(_wire.encode(_wire.KIND_REQUEST, 1, PULL))
+    await honest.send(request)
+    await eventually(lambda: len(end.seen) == 1, what="the honest request was served")
+
+    replay = await Intruder.connect(end)
+    await replay.frame(_wire.pack_hello(hello))
+    await replay.frame(proof)
+    await replay.send(request)
+    assert _peer._WELCOME not in await replay.rest()
+
+    await honest.send(request)  # the same frame once more, on the same connection
+    await honest.rest()
+    assert len(end.seen) == 1, "WIRE-1"
+
+
+async def test_a_server_without_the_secret_is_refused(ends: Callable[..., End]) -> None:
+    client = ends()  # AUTH-1
+    listener = listen("127.0.0.1")
+    heard: list[bytes] = []
+
+    async def impostor() -> None:
+        sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+        hello = _wire.unpack_hello(await _peer._receive_frame(sock))
+        nonce = os.urandom(16)
+        proof = _wire.proof(b"guess", b"server", hello, nonce)
+        await _peer._send_frame(sock, _wire.pack_challenge(_wire.Challenge(nonce, proof)))
+        with contextlib.suppress(OSError):
+            heard.append(await _peer._receive_frame(sock))
+        sock.close()
+
+    task = asyncio.create_task(impostor())
+    address = PeerAddress("127.0.0.1", listener.getsockname()[1], os.urandom(16), 1, bytes(16), 0)
+    with pytest.raises(AuthenticationError):
+        await client.network.connect(address, _wire.CONTROL)
+    await task
+    listener.close()
+    assert heard == [], "AUTH-1: it is told nothing, not even a proof"
+
+
+def garbage() -> dict[str, bytes]:
+    noise = random.Random(7).randbytes(5000)  # noqa: S311  (a fixed seed)
+    header = _wire.HEADER
+    odd = bytes([0x97, 1, 0x90]) + b"\xc4\x10" + bytes(16)  # a purpose that is a list
+    odd += (b"\xc4\x10" + bytes(16)) * 2 + b"\xc4\x00\x80"
+    return {
+        "noise": noise,
+        "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        "an empty frame": header.pack(0),
+        "an oversized frame": header.pack(0xFFFFFFFF) + noise,
+        "a frame of noise": header.pack(1000) + noise[:1000],
+        "a hello with an odd purpose": header.pack(len(odd)) + odd,
+        "half a header": b"\0\0",
+        "half a hello": header.pack(80) + bytes(10),
+        "nothing": b"",
+    }
+
+
+@pytest.mark.parametrize("name", garbage())
+async def test_garbage_is_cut_off_and_the_service_goes_on(
+    ends: Callable[..., End], name: str, caplog: pytest.LogCaptureFixture
+) -> None:  # AUTH-1
+    end, other = ends(), ends()
+    intruder = await Intruder.connect(end)
+    await intruder.send(garbage()[name])
+    with contextlib.suppress(OSError):
+        intruder.sock.shutdown(socket.SHUT_WR)
+    assert await intruder.rest() == b""
+    await eventually(lambda: not end.network._handshakes, what="the handshake has ended")
+    assert await other.peer(end).call(PULL) == PullReply(b"echo")
+    assert end.seen == [(PULL, other.runtime_id)]
+    gc.collect()  # a task that failed unseen says so when it is garbage
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("frame", ["altered", "oversized", "garbage", "truncated", "odd kind"])
+async def test_bad_frames_end_one_connection_only(
+    ends: Callable[..., End], frame: str, caplog: pytest.LogCaptureFixture
+) -> None:  # WIRE-1, WIRE-2, RPC-2
+    end, bystander = ends(), ends()
+    peer = bystander.peer(end)
+    await peer.call(PULL)
+    member = await Intruder.connect(end)
+    hello = hello_to(end)
+    await member.frame(_wire.pack_hello(hello))
+    challenge = _wire.unpack_challenge(await member.body())
+    await member.frame(_wire.proof(SECRET, b"client", hello, challenge.nonce))
+    assert await member.body() == _peer._WELCOME
+    sealer, _ = _wire.sealers(SECRET, hello, challenge.nonce)
+    sealed = sealer.seal(_wire.encode(_wire.KIND_REQUEST, 1, PULL))
+    odd = bytes([0x96, 1, 0x90, 1, 4, 0x92]) + b"\xa1k\xa1t\x80"  # a kind that is a list
+    data = {
+        "altered": sealed[:-1] + bytes([sealed[-1] ^ 1]),
+        "oversized": _wire.HEADER.pack(_wire.MAX_FRAME + 1) + bytes(64),
+        "garbage": os.urandom(4096),
+        "truncated": sealed[:-3],
+        "odd kind": _wire.sealers(SECRET, hello, challenge.nonce)[0].seal(odd),
+    }
+    await member.send(data[frame])
+    if frame == "truncated":
+        member.sock.shutdown(socket.SHUT_WR)
+    await member.rest()
+    await eventually(lambda: b"c" * 16 in end.lost, what="the connection was given up")
+    assert await peer.call(PULL) == PullReply(b"echo")
+    assert [who for _, who in end.seen] == [bystander.runtime_id] * 2
+    gc.collect()  # a task that failed unseen says so when it is garbage
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_replies_to_nothing_and_stray_cancels_are_ignored(ends: Callable[..., End]) -> None:
+    left, right = ends(), ends()
+    peer = left.peer(right)
+    await peer.call(PULL)
+    (connection,) = left.network._connections
+    await connection._write(_wire.KIND_REPLY, 99, PullReply(b"nobody asked"))
+    await connection.note(Cancel(99))
+    assert await peer.call(PULL) == PullReply(b"echo")
+
+
+async def test_slow_handshakes_are_ended(
+    ends: Callable[..., End], monkeypatch: pytest.MonkeyPatch
+) -> None:  # AUTH-2
+    monkeypatch.setattr(_peer, "HANDSHAKE_SECONDS", 0.1)
+    end = ends()
+    intruder = await Intruder.connect(end)
+    await intruder.send(b"\0\0")
+    assert await intruder.rest() == b""
+
+
+async def test_a_flood_of_handshakes_is_bounded(
+    ends: Callable[..., End], monkeypatch: pytest.MonkeyPatch
+) -> None:  # AUTH-2
+    monkeypatch.setattr(_peer, "MAX_HANDSHAKES", 4)
+    end, other = ends(), ends()
+    intruders = [await Intruder.connect(end) for _ in range(12)]
+    await eventually(lambda: len(end.network._handshakes) == 4, what="four handshakes have begun")
+    surplus = await asyncio.gather(*(intruder.rest() for intruder in intruders[4:]))
+    assert surplus == [b""] * 8, "the rest is closed at once"
+    for intruder in intruders[:4]:
+        intruder.sock.close()
+    await eventually(lambda: not end.network._handshakes, what="the flood is over")
+    assert await other.peer(end).call(PULL) == PullReply(b"echo")
+
+
+# --- who is there -------------------------------------------------------------------------------
+
+
+async def test_another_process_on_the_port_means_the_owner_died(ends: Callable[..., End]) -> None:
+    client, server = ends(), ends()
+    stale = PeerAddress("127.0.0.1", server.port, os.urandom(16), 1, bytes(16), 0)
+    with pytest.raises(OwnerDiedError, match="another process has its port"):
+        await RemotePeer(stale, client.network).call(PULL)
+    assert server.seen == []
+
+
+async def test_a_refused_port_means_the_owner_died(ends: Callable[..., End]) -> None:
+    client, server = ends(), ends()
+    await server.aclose()
+    with pytest.raises(OwnerDiedError, match="nobody listens there") as info:
+        await client.peer(server).call(PULL)
+    assert info.value.owner == str(server.address)
+
+
+async def test_a_silent_host_is_lost(
+    ends: Callable[..., End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_peer, "HANDSHAKE_SECONDS", 0.1)
+    client = ends()
+    silent = listen("127.0.0.1")  # accepts, in the kernel, and never says a word
+    port = silent.getsockname()[1]
+    address = PeerAddress("127.0.0.1", port, os.urandom(16), 1, bytes(16), 0)
+    with pytest.raises(PeerLostError, match="cannot be reached"):
+        await client.network.connect(address, _wire.CONTROL)
+    silent.close()
+
+
+async def test_streams_are_handed_over_blocking_and_authenticated(
+    ends: Callable[..., End],
+) -> None:  # AUTH-1
+    left, right = ends(), ends()
+    name = os.urandom(16)
+    sock = await left.peer(right).open_stream(name)
+    await eventually(lambda: name in right.streams, what="the stream was handed over")
+    there = right.streams[name]
+    assert sock.getblocking()
+    assert there.getblocking()
+    sock.sendall(b"payload")
+    assert await asyncio.to_thread(there.recv, 7) == b"payload"
+    sock.close()
+
+
+async def test_a_verdict_tells_death_from_failure(ends: Callable[..., End]) -> None:  # DTH-1
+    left, right = ends(), ends()
+    peer = left.peer(right)
+    await peer.call(PULL)
+    cause = ConnectionResetError("stream broke")
+    verdict = await peer.verdict(cause, transport="tcp", nbytes=7)
+    assert isinstance(verdict, TransferError)
+    assert (verdict.transport, verdict.nbytes, verdict.peer) == ("tcp", 7, str(right.address))
+    await right.aclose()
+    await eventually(lambda: left.lost, what="the loss was noticed")
+    verdict = await peer.verdict(cause, transport="tcp", nbytes=7)
+    assert isinstance(verdict, OwnerDiedError)
+
+
+def test_the_listener_is_on_one_address_only() -> None:
+    with contextlib.closing(listen("127.0.0.1")) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    with pytest.raises(OSError, match="assign"):
+        listen("203.0.113.1")
