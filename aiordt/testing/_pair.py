@@ -70,7 +70,7 @@ class Pair(AsyncResource):
 
     Attributes:
         link: The link under test.
-        can_pause: Whether `pause` keeps reads pending; one-sided transports need nothing of the
+        can_pause: Whether ``pause`` keeps reads pending; one-sided transports need nothing of the
             other process, so there it does not.
     """
 
@@ -86,7 +86,7 @@ class Pair(AsyncResource):
         """End the other process abruptly, as SIGKILL does."""
 
     def pause(self) -> None:
-        """Stop the other process, as SIGSTOP does. Only where `can_pause`."""
+        """Stop the other process, as SIGSTOP does. Only where ``can_pause``."""
         raise NotImplementedError
 
     def resume(self) -> None:
