@@ -165,12 +165,15 @@ async def test_own_actor_gets_the_tensor_itself_and_warns_once(nodes: Any) -> No
         return [(await refs[0]) is node.kept["t"], (await aiordt.get(refs))[0] is node.kept["t"]]
 
     def listen(node: Any) -> None:
-        node.kept["seen"] = []
+        node.kept["seen"], node.kept["show"] = [], warnings.showwarning
 
         def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
             node.kept["seen"].append(f"{category.__name__}: {message}")
 
         warnings.showwarning = show
+
+    def stop_listening(node: Any) -> None:
+        warnings.showwarning = node.kept["show"]
 
     def seen(node: Any) -> list[str]:
         return list(node.kept["seen"])
@@ -185,6 +188,7 @@ async def test_own_actor_gets_the_tensor_itself_and_warns_once(nodes: Any) -> No
     assert "NodeActor.make()" in text
     assert await a.run.remote(back, [ref]) == [True, True]
     assert await a.run.remote(seen) == [text]
+    await a.run.remote(stop_listening)
 
 
 async def test_small_tensors_are_by_value_even_for_their_owner(nodes: Any) -> None:

@@ -84,10 +84,3 @@ def test_a_lease_cannot_be_written_to_the_wire() -> None:  # LSE-2
     ):
         with pytest.raises(TypeError, match="ObjectRef"):
             _wire.encode(_wire.KIND_NOTE, 0, message)
-
-
-async def test_without_ray_it_says_so() -> None:
-    if ray.is_initialized():
-        pytest.skip("another test of this session has started Ray")
-    with pytest.raises(aiordt.UsageError, match=r"ray\.init"):
-        await make_ref(torch.ones(1))
