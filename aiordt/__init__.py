@@ -20,7 +20,7 @@ from aiordt._errors import (
 from aiordt._export import put
 from aiordt._get import get
 from aiordt._ref import TensorRef
-from aiordt._runtime import SharedTensorWarning
+from aiordt._registry import SharedTensorWarning
 from aiordt._types import Explanation, Owner, Stats, TransportStats
 from aiordt._wait import as_completed, explain, stats, wait, wait_tensor_freed
 

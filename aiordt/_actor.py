@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+from contextlib import aclosing, closing
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from typing_extensions import override
 
 from aiordt._errors import InvalidTypeError, UsageError
 from aiordt._export import check_transport, export, export_blocking
 from aiordt._get import get, get_blocking
-from aiordt._runtime import current, in_session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
@@ -45,13 +45,6 @@ class AsyncActor:
         @classmethod
         def options(cls, **options: Any) -> Any:  # noqa: ANN401
             """Ray's options for an actor."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401, ARG004
-        """Start the runtime, so that the first transfer need not."""
-        self = super().__new__(cls)
-        if in_session():
-            current()
-        return self
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -172,8 +165,9 @@ class _Options:
         async def call(actor: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:  # noqa: ANN401
             label = self._label(actor)
             args, kwargs = await self._arguments(args, kwargs)
-            async for item in self.function(actor, *args, **kwargs):
-                yield await self._export(item, label)
+            async with aclosing(self.function(actor, *args, **kwargs)) as items:
+                async for item in items:
+                    yield await self._export(item, label)
 
         return call
 
@@ -181,8 +175,9 @@ class _Options:
         async def call(actor: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:  # noqa: ANN401
             label = self._label(actor)
             args, kwargs = await self._arguments(args, kwargs)
-            for item in self.function(actor, *args, **kwargs):
-                yield await self._export(item, label)
+            with closing(self.function(actor, *args, **kwargs)) as items:
+                for item in items:
+                    yield await self._export(item, label)
 
         return call
 
@@ -190,8 +185,9 @@ class _Options:
         def call(actor: Any, *args: Any, **kwargs: Any) -> Generator[Any]:  # noqa: ANN401
             label = self._label(actor)
             args, kwargs = self._arguments_blocking(args, kwargs)
-            for item in self.function(actor, *args, **kwargs):
-                yield self._export_blocking(item, label)
+            with closing(self.function(actor, *args, **kwargs)) as items:
+                for item in items:
+                    yield self._export_blocking(item, label)
 
         return call
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Transports that this version has, in order of preference for host memory.
 TRANSPORTS: Final = ("cma", "tcp")
+#: Names that are taken for what is to come; asking for one says that it is not there yet.
+PLANNED: Final = ("shm", "nixl", "ucx", "cuda_ipc")
 _ENV_PREFIX: Final = "AIORDT_"
 
 

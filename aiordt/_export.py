@@ -10,6 +10,7 @@ import torch
 from aiordt import _config, _wire
 from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError
 from aiordt._memory import raw_bytes
+from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
 from aiordt._registry import check_exportable
 from aiordt._runtime import current
@@ -38,7 +39,7 @@ def check_transport(name: str | None) -> None:
         return
     if not isinstance(name, str):
         raise InvalidTypeError(f"transport must be a str, not {type(name).__name__}")
-    if name not in _config.TRANSPORTS:
+    if name not in (*_config.TRANSPORTS, *_config.PLANNED):
         raise InvalidValueError(
             f"there is no transport {name!r}; there are {', '.join(_config.TRANSPORTS)}"
         )
@@ -105,6 +106,11 @@ class Exporting:
             return 0
         return sum(self._tensors[index].nbytes for index in self._exported)
 
+    @property
+    def originals(self) -> list[torch.Tensor]:
+        """What is copied for a snapshot."""
+        return [self._tensors[index] for index in self._exported]
+
     def clone(self) -> None:
         """Make the copies; for many bytes, call it off the loop."""
         for index in self._exported:
@@ -162,11 +168,6 @@ class Exporting:
         """Whether there is no tensor in the tree."""
         return not self._tensors
 
-    @property
-    def tree(self) -> Any:  # noqa: ANN401
-        """The tree, untouched."""
-        return self._flat.rebuild(self._flat.leaves)
-
 
 def same_kind(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     if isinstance(original, torch.nn.Parameter):
@@ -203,7 +204,8 @@ async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool
         if nbytes <= _CLONE_ON_LOOP_NBYTES:
             exporting.clone()
         else:
-            await exporting.runtime.workers.run(exporting.clone)
+            with exporting.runtime.registry.holding(exporting.originals):  # REG-3
+                await finish(exporting.runtime.workers.run(exporting.clone))
     count = exporting.begin()
     try:
         markers = await exporting.runtime.markers.take(count) if count else []

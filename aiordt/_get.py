@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+import asyncio
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from ray import ObjectRef
@@ -13,7 +16,7 @@ from aiordt._export import check_transport, is_tensor, same_kind
 from aiordt._landing import describe
 from aiordt._progress import run_all
 from aiordt._ref import TensorRef
-from aiordt._runtime import current
+from aiordt._runtime import current, current_for
 from aiordt._tree import Flat, match
 from aiordt._types import MIB
 
@@ -82,34 +85,54 @@ async def get(
     if into is not None:
         return await _get_into(x, into, transport, device=device, dtype=dtype)
     if isinstance(x, TensorRef):
-        tensor = await current().pull(x, transport)
+        tensor = await current_for(x).pull(x, transport)
         return await _converted(tensor, target, dtype)
+    return await _converted(await _get_tree(x, transport, {}), target, dtype)
+
+
+_Arrivals: TypeAlias = "dict[TensorRef, asyncio.Future[torch.Tensor]]"
+
+
+async def _get_tree(x: Any, transport: str | None, arrivals: _Arrivals) -> Any:  # noqa: ANN401
+    """`get`, as part of a larger one: ``arrivals`` are the tensors it has or waits for."""
     flat = Flat(x, is_ref, same=_itself)
     if not flat.leaves:
         return x
-    values = await _resolve(flat.leaves, transport)
-    if target is not None or dtype is not None:
-        values = [await _converted(value, target, dtype) for value in values]
-    return flat.rebuild(values)
+    if flat.has_tensordicts and "tensordict" not in sys.modules:
+        await current().workers.run(lambda: importlib.import_module("tensordict"))
+    return flat.rebuild(await _resolve(flat.leaves, transport, arrivals))
 
 
-async def _resolve(leaves: Sequence[Any], transport: str | None) -> list[Any]:
-    tensor_refs = [index for index, leaf in enumerate(leaves) if isinstance(leaf, TensorRef)]
+async def _resolve(leaves: Sequence[Any], transport: str | None, arrivals: _Arrivals) -> list[Any]:
+    loop = asyncio.get_running_loop()
+    mine = [leaf for leaf in leaves if isinstance(leaf, TensorRef) and leaf not in arrivals]
+    arrivals.update((ref, loop.create_future()) for ref in mine)
     values: list[Any] = [None] * len(leaves)
 
     async def pull() -> None:
-        refs = [leaves[index] for index in tensor_refs]
-        for index, tensor in zip(
-            tensor_refs, await current().pull_all(refs, transport), strict=True
-        ):
-            values[index] = tensor
+        try:
+            tensors = await current_for(mine[0]).pull_all(mine, transport)
+        except BaseException:
+            for ref in mine:
+                arrivals[ref].cancel()  # others in this call that wait for it end with it
+            raise
+        for ref, tensor in zip(mine, tensors, strict=True):
+            arrivals[ref].set_result(tensor)
 
     async def follow(index: int) -> None:
-        values[index] = await get(await _ray.fetch(leaves[index]), transport=transport)
+        leaf = leaves[index]
+        if isinstance(leaf, TensorRef):
+            values[index] = await asyncio.shield(arrivals[leaf])
+        else:
+            values[index] = await _get_tree(await _ray.fetch(leaf), transport, arrivals)
 
-    jobs = [pull()] if tensor_refs else []
-    jobs += [follow(index) for index in range(len(leaves)) if not _is_tensor_ref(leaves[index])]
-    await run_all(jobs)
+    jobs = [pull()] if mine else []
+    pulled = set(mine)
+    others = [index for index, leaf in enumerate(leaves) if leaf not in pulled]
+    await run_all([*jobs, *(follow(index) for index in others)])
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, TensorRef) and values[index] is None:
+            values[index] = arrivals[leaf].result()
     return values
 
 
@@ -145,7 +168,8 @@ async def _get_into(
         )
     for ref, target in zip(flat.leaves, targets, strict=True):
         _check_target(ref, target)
-    await current().pull_all(flat.leaves, transport, targets)
+    if flat.leaves:
+        await current_for(flat.leaves[0]).pull_all(flat.leaves, transport, targets)
     return flat.rebuild(targets)
 
 

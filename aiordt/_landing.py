@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
 from aiordt import _device, _wire
 from aiordt._errors import InvalidValueError
-from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order, runs
+from aiordt._memory import (
+    dense_stride,
+    first_run,
+    from_raw_bytes,
+    in_memory_order,
+    memory_order,
+    runs,
+)
 from aiordt._types import DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
 
@@ -17,6 +24,12 @@ if TYPE_CHECKING:
     from aiordt._memory import Pool
     from aiordt._types import Owner
     from aiordt._wire import TensorMeta
+
+
+#: Pieces under this many bytes are small ...
+_SMALL_RUN: Final = 512
+#: ... and more than so many of them are many.
+_MANY_RUNS: Final = 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +66,11 @@ class Pullable(Protocol):
     @property
     def meta(self) -> TensorMeta:
         """The tensor's description."""
+        ...
+
+    @property
+    def lease(self) -> object:
+        """What keeps the tensor alive at its owner."""
         ...
 
     @property
@@ -110,7 +128,7 @@ class Landing:
     """A tensor that is being received.
 
     Attributes:
-        ref: The ref that was awaited; it keeps the lease until the read has ended.
+        ref: The ref that was awaited.
         tensor: What the bytes are written to, in the order in which they travel.
         part: What to read.
         into: The caller's tensor, if it is another than ``tensor``.
@@ -141,8 +159,33 @@ class Landing:
         return dress(tensor, ref) if ref.meta.flags or ref.cls else tensor
 
 
-def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing:
-    """Prepare memory for ``ref``: the caller's, where it is laid out as the bytes travel."""
+def prefers_packing(meta: TensorMeta) -> bool:
+    """Whether a tensor consists of so many small pieces that its owner should pack them.
+
+    A read of a piece in another process costs about 0.1 µs whatever its size; packing runs at
+    memory speed.
+    """
+    if meta.stride is None:
+        return False
+    source = _order_of(meta)
+    run_nbytes = first_run(source.shape, source.stride(), ITEMSIZES[meta.dtype])
+    return run_nbytes < _SMALL_RUN and num_bytes(meta) > _MANY_RUNS * run_nbytes
+
+
+def land(
+    ref: Pullable, pool: Pool, into: torch.Tensor | None = None, *, packed: bool = False
+) -> Landing:
+    """Prepare memory for ``ref``: the caller's, where it is laid out as the bytes travel.
+
+    Args:
+        ref: What is pulled.
+        pool: Where other memory comes from.
+        into: The caller's tensor.
+        packed: The owner packs what is strided, so that its pieces need not be listed.
+
+    Cost:
+        A few µs; for a strided tensor that is not packed, 10 ns for each of its pieces.
+    """
     meta = ref.meta
     dtype = dtype_of(meta.dtype)
     key, index, address = ref.header.key, ref.index, meta.address
@@ -154,17 +197,11 @@ def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing
         return Landing(ref, tensor, part, into)
     source = _order_of(meta)
     flat = pool.empty(tuple(source.shape), dtype)
-    run_nbytes, offsets = runs(source.shape, source.stride(), dtype.itemsize)
     nbytes = flat.numel() * dtype.itemsize
-    part = Part(
-        key,
-        index,
-        address,
-        flat.data_ptr(),
-        nbytes,
-        run_nbytes,
-        None if len(offsets) == 1 else offsets,
-    )
+    part = Part(key, index, address, flat.data_ptr(), nbytes, nbytes, None)
+    if not packed:
+        part.run_nbytes, offsets = runs(source.shape, source.stride(), dtype.itemsize)
+        part.offsets = None if len(offsets) == 1 else offsets
     return Landing(ref, flat, part, into)
 
 

@@ -208,6 +208,16 @@ def from_raw_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype) -> tor
     return tensor
 
 
+def first_run(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
+    """Bytes of each of the contiguous runs that `runs` lists."""
+    run = itemsize
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step * itemsize != run:
+            break
+        run *= size
+    return run
+
+
 def runs(
     shape: Sequence[int], stride: Sequence[int], itemsize: int
 ) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]:
@@ -216,10 +226,11 @@ def runs(
     Returns:
         Bytes of each run, and the offset of each from element 0, in bytes.
     """
-    run = itemsize
+    run = first_run(shape, stride, itemsize)
+    inner = itemsize
     dims = list(zip(shape, stride, strict=True))
-    while dims and (dims[-1][0] == 1 or dims[-1][1] * itemsize == run):
-        run *= dims.pop()[0]
+    while dims and inner < run:
+        inner *= dims.pop()[0]
     offsets = np.zeros(1, dtype=np.int64)
     for size, step in dims:
         steps = np.arange(size, dtype=np.int64) * (step * itemsize)

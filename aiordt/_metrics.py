@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from aiordt._types import TransportStats
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from aiordt._types import Tally, TransportStats
 
 PhaseHook: TypeAlias = Callable[[str], None]
 
@@ -58,9 +54,7 @@ class Counters:
             pulls, total = self._by_transport.get(transport, (0, 0))
             self._by_transport[transport] = (pulls + num_tensors, total + nbytes)
 
-    def by_transport(self) -> Mapping[str, TransportStats]:
+    def by_transport(self) -> Tally:
         """An immutable copy."""
         with self._lock:
-            return MappingProxyType(
-                {name: TransportStats(*pair) for name, pair in self._by_transport.items()}
-            )
+            return Tally({name: TransportStats(*pair) for name, pair in self._by_transport.items()})

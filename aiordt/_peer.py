@@ -4,9 +4,10 @@ Everything here runs on the io loop. A control connection carries requests, repl
 notes in both directions; a payload stream is handed, once authenticated, to its transport.
 
 Invariants:
-    AUTH-1  Nothing of a peer is acted on before it has proved that it knows the secret.
+    AUTH-1  Nothing of a peer is acted on before it has proved that it knows the secret, but
+            that the process at an address says it is another one.
     AUTH-2  At most `MAX_HANDSHAKES` unauthenticated connections are open; each ends within
-            `HANDSHAKE_SECONDS`.
+            `HANDSHAKE_SECONDS`, and the oldest makes room for a new one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS: Final = 5.0
-MAX_HANDSHAKES: Final = 128
+MAX_HANDSHAKES: Final = 1024
 #: How long a connection that broke is watched for its peer's death before a verdict.
 _VERDICT_SECONDS: Final = 1.0
 
@@ -53,15 +54,19 @@ _STALE: Final = b"stale"
 _WELCOME: Final = b"welcome"
 
 
-def _tune(sock: socket.socket) -> None:
-    """No delay for small frames; a host that vanished is noticed within about 6 s."""
+def _tune(sock: socket.socket, purpose: str) -> None:
+    """No delay for small frames; a host that vanished is noticed within about 6 s.
+
+    Only control connections give up on data that is not taken: a stream whose reader is
+    stopped for a while must live. Its end comes with that of the control connection.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", 3),
         ("TCP_KEEPINTVL", 1),
         ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", 6000),
+        *((("TCP_USER_TIMEOUT", 6000),) if purpose == _wire.CONTROL else ()),
     ):
         option = getattr(socket, name, None)
         if option is not None:
@@ -110,7 +115,7 @@ class Network:
         self._accept = accept
         self._lost = lost
         self._connections: set[Connection] = set()
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], None] = {}
         self._serving: asyncio.Task[object] | None = None
         self._closed = False
 
@@ -128,19 +133,20 @@ class Network:
                 await asyncio.sleep(0.1)  # out of file descriptors: let some be closed
                 continue
             if len(self._handshakes) >= MAX_HANDSHAKES:
-                sock.close()
-                continue
+                oldest = next(iter(self._handshakes))  # a real one takes some 2 ms
+                del self._handshakes[oldest]
+                oldest.cancel()
             task = loop.create_task(self._greet(sock, f"{address[0]}:{address[1]}"))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+            self._handshakes[task] = None
+            task.add_done_callback(lambda task: self._handshakes.pop(task, None))
 
     async def _greet(self, sock: socket.socket, name: str) -> None:
         sock.settimeout(0)
         taken = False
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                _tune(sock)
                 hello = _wire.unpack_hello(await _receive_frame(sock))
+                _tune(sock, hello.purpose)
                 if hello.server != self.runtime_id:
                     await _send_frame(sock, _STALE)
                     return
@@ -148,7 +154,7 @@ class Network:
                 taken = await self._take(sock, hello, sealers)
         except TimeoutError:
             _log.warning("handshake with %s took over %s s", name, HANDSHAKE_SECONDS)
-        except (AuthenticationError, ProtocolViolationError) as exc:
+        except AiordtError as exc:
             _log.warning("handshake with %s refused: %s", name, exc)
         except OSError as exc:
             _log.debug("handshake with %s broke off: %s", name, exc)
@@ -220,7 +226,7 @@ class Network:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 phase("peer.connecting")
                 await loop.sock_connect(sock, (address.host, address.port))
-                _tune(sock)
+                _tune(sock, purpose)
                 await _send_frame(sock, _wire.pack_hello(hello))
                 answer = await _receive_frame(sock)
                 if answer == _STALE:
@@ -390,8 +396,3 @@ class RemotePeer(Peer):
             peer=str(self.address),
             nbytes=nbytes,
         )
-
-    async def aclose(self) -> None:
-        """Forget it; its connection ends with the network."""
-        if self._connecting is not None:
-            self._connecting.cancel()

@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -54,6 +55,19 @@ class Session:
     def alive(self) -> bool:
         """Whether the process is still in this session."""
         return _gcs_client() is self.client
+
+    @property
+    def over(self) -> bool:
+        """Whether ``ray.shutdown`` has done with this session.
+
+        Between `alive` and this, Ray takes its core worker apart: to drop an ObjectRef on
+        another thread then aborts the process (seen with Ray 2.60).
+        """
+        worker = ray_worker.global_worker
+        client = getattr(worker, "gcs_client", None)
+        return not hasattr(worker, "core_worker") or (
+            client is not None and client is not self.client
+        )
 
 
 def _gcs_client() -> object:
@@ -184,8 +198,9 @@ class Markers:
         if self._closed:
             raise ClosedError("aiordt's runtime was closed")
         markers: list[ray.ObjectRef[Any]] = []
-        while self._pool and len(markers) < count:
-            markers.append(self._pool.popleft())
+        with suppress(IndexError):  # another thread may take the last one
+            while len(markers) < count:
+                markers.append(self._pool.popleft())
         if self._pooling and not self._filling and len(self._pool) < _POOL_SIZE // 2:
             self._filling = True
             self._workers.submit(self._fill)
@@ -226,27 +241,32 @@ def is_in_band() -> bool:
     return bool(worker.connected and worker.get_serialization_context().is_in_band_serialization())
 
 
+_reduced: Final[set[type]] = set()
+
+
 def register_reducer(cls: type, reducer: Callable[[Any], tuple[object, ...]]) -> None:
     """Let Ray's pickler, and only Ray's, reduce ``cls`` by ``reducer`` (LSE-3)."""
     CloudPickler.dispatch[cls] = reducer
+    _reduced.add(cls)
 
 
 # --- object refs ---------------------------------------------------------------------------
 
 
-def is_object_ref(value: object) -> bool:
-    """Whether ``value`` is one of Ray's own refs."""
-    return isinstance(value, ray.ObjectRef)
-
-
 def is_opaque(value: object) -> bool:
-    """Whether ``value`` is a handle of Ray's, to be passed on as it is."""
-    return isinstance(value, (ray.ObjectRef, ray.actor.ActorHandle))
+    """Whether ``value`` is a handle, of Ray's or ours, to be passed on as it is."""
+    return type(value) in _reduced or isinstance(value, ray.ObjectRef | ray.actor.ActorHandle)
 
 
 async def fetch(ref: ray.ObjectRef[Any]) -> Any:  # noqa: ANN401
     """The value of an object ref; raises what its task raised."""
     return await ref
+
+
+def ready_now(refs: Sequence[ray.ObjectRef[Any]]) -> list[ray.ObjectRef[Any]]:
+    """Those that exist or have failed at this moment; ~4 µs each, fetches nothing."""
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
+    return list(ready)
 
 
 async def object_ready(ref: ray.ObjectRef[Any]) -> None:

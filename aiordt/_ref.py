@@ -12,7 +12,7 @@ from typing_extensions import override
 from aiordt import _ray, _wire
 from aiordt._errors import RefPicklingError
 from aiordt._landing import Header, describe, dtype_of, num_bytes
-from aiordt._runtime import current
+from aiordt._runtime import current, current_for
 from aiordt._types import Owner
 from aiordt.abc import PeerAddress
 
@@ -142,7 +142,7 @@ class TensorRef:
         self.lease = None
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
-        return current().pull(self).__await__()
+        return current_for(self).pull(self).__await__()
 
     @override
     def __eq__(self, other: object) -> bool:

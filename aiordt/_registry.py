@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from contextlib import asynccontextmanager
+import warnings
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -28,12 +29,12 @@ from aiordt._errors import ClosedError, InvalidValueError, TensorFreedError
 from aiordt._memory import in_memory_order, storage_range, view_memory
 from aiordt._progress import post, settle
 from aiordt._refcount import Freed, Held, Released, State, step
-from aiordt._types import MIB
+from aiordt._types import DTYPE_CODES, MIB
 from aiordt._wire import new_key
 from aiordt.abc import Served, Source
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 
     from aiordt._progress import Workers
     from aiordt.abc import Event
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 LEASE_NBYTES: Final = 1 * MIB
 
 StorageKey: TypeAlias = tuple[int, int]
+
+
+class SharedTensorWarning(UserWarning):
+    """A tensor is used by its owner and, at the same time, by others; in-place writes show."""
 
 
 @dataclass(slots=True)
@@ -157,6 +162,19 @@ class Registry(Source):
                 step(self._state, Held(lease, storages))
                 self._leases[lease] = (export, group)
             self._apply(step(self._state, Released(export.key)))
+
+    @contextmanager
+    def holding(self, tensors: Sequence[torch.Tensor]) -> Generator[None]:
+        """Count these storages as in use, as when they are being read here."""
+        holder = object()
+        with self._lock:
+            step(self._state, Held(holder, frozenset(map(storage_range, tensors))))
+        try:
+            yield
+        finally:
+            with self._lock:
+                if holder in self._state.holders:  # the registry was not closed meanwhile
+                    self._apply(step(self._state, Released(holder)))
 
     def abandon(self, export: Export) -> None:
         """Undo `begin`."""
@@ -309,12 +327,11 @@ class Registry(Source):
     async def open(self, items: Sequence[tuple[bytes, int]], nbytes: int) -> AsyncGenerator[Served]:
         if not items:
             raise InvalidValueError("a pull names no tensors")
-        holder = object()
-        with self._lock:
-            found = [self.local(key, index) for key, index in items]
-            tensors = [tensor for _, tensor in found]
-            step(self._state, Held(holder, frozenset(map(storage_range, tensors))))
-        try:
+        with ExitStack() as stack:
+            with self._lock:
+                found = [self.local(key, index) for key, index in items]
+                tensors = [tensor for _, tensor in found]
+                stack.enter_context(self.holding(tensors))
             ordered = [in_memory_order(tensor) for tensor in tensors]
             total = sum(tensor.nbytes for tensor in ordered)
             if total != nbytes:
@@ -328,10 +345,6 @@ class Registry(Source):
                 )
             views = [view_memory(tensor.data_ptr(), tensor.nbytes) for tensor in ordered]
             yield Served(views, found[0][0].ready)
-        finally:
-            with self._lock:
-                if holder in self._state.holders:
-                    self._apply(step(self._state, Released(holder)))
 
     def close(self) -> None:
         """Give everything up; waiters are woken and see that the runtime has ended."""
@@ -343,6 +356,19 @@ class Registry(Source):
             self._state = State()
         for waiter in waiters:
             post(waiter.loop, settle, waiter.future, None, None)
+
+
+def warn_if_shared(export: Export) -> None:
+    """Warn, once, when a tensor is used both here, as itself, and elsewhere, as copies."""
+    if export.local and export.seen_by and not export.warned:
+        export.warned = True
+        warnings.warn(
+            f"a tensor exported by {export.label} was awaited both by its owner, which got the "
+            "tensor itself, and by other processes, which got copies: in-place changes by the "
+            "owner may or may not be seen there. Clone it, or export it with snapshot=True",
+            SharedTensorWarning,
+            stacklevel=2,
+        )
 
 
 def check_exportable(tensor: torch.Tensor) -> None:
@@ -361,6 +387,10 @@ def check_exportable(tensor: torch.Tensor) -> None:
     if tensor.is_quantized:
         raise InvalidValueError(
             "a quantized tensor cannot be exported: export .int_repr() and its scale"
+        )
+    if tensor.dtype not in DTYPE_CODES:
+        raise InvalidValueError(
+            f"a tensor of {tensor.dtype} cannot be exported: export its .view(torch.uint8)"
         )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise InvalidValueError(

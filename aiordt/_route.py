@@ -7,7 +7,13 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aiordt._errors import OwnerDiedError, UnavailableError
+from aiordt._config import PLANNED
+from aiordt._errors import (
+    AuthenticationError,
+    OwnerDiedError,
+    PeerLostError,
+    UnavailableError,
+)
 from aiordt._metrics import phase
 from aiordt._peer import RemotePeer
 from aiordt._progress import post
@@ -34,6 +40,10 @@ class _Way:
     chosen: tuple[str, Link] | None = None
 
 
+def _links(way: _Way) -> list[Link]:
+    return [link for link in way.links.values() if not isinstance(link, UnavailableError)]
+
+
 class Routes:
     """The ways from this process to others. Any thread and any loop may ask."""
 
@@ -53,9 +63,12 @@ class Routes:
 
     def availability(self, name: str) -> str:
         """Why a transport cannot be used in this process; empty if it can."""
+        if name in PLANNED:
+            return "this version of aiordt does not have it yet"
         if name not in self._preferred:
             return f"not among this process's transports: {', '.join(self._preferred)}"
-        return self._transports[name].probe().reason
+        available = self._transports[name].probe()
+        return "" if available.usable else available.reason
 
     def known(self, peer_id: bytes, forced: str | None) -> tuple[str, Link] | None:
         """The way to a peer, if it has been found already."""
@@ -80,13 +93,19 @@ class Routes:
     def forget(self, peer_id: bytes) -> None:
         """A peer is gone. On the io loop.
 
-        One-sided links close with their last user; what streams, ends with its connection.
+        Reads that are under way find that out themselves; links end with their last user.
         """
         with self._lock:
             way = self._ways.pop(peer_id, None)
-        for link in () if way is None else way.links.values():
-            if not isinstance(link, UnavailableError) and link.death_fd is not None:
+        for link in [] if way is None else _links(way):
+            if link.death_fd is not None:
                 self._io.loop.remove_reader(link.death_fd)
+
+    async def aclose(self) -> None:
+        """Close all links. On the io loop."""
+        for way in list(self._ways.values()):
+            for link in _links(way):
+                await link.aclose()
 
     async def _link(self, way: _Way, name: str) -> Link:
         """The link by one transport.
@@ -153,11 +172,13 @@ class Routes:
             return way.chosen
         phase("route.negotiating")
         reasons = []
+        lost: PeerLostError | None = None
         for name in self._preferred:
             try:
                 link = await self._link(way, name)
-            except UnavailableError as exc:
+            except (UnavailableError, PeerLostError) as exc:
                 reasons.append(str(exc))
+                lost = exc if isinstance(exc, PeerLostError) else lost
                 continue
             way.chosen = (name, link)
             _log.info(
@@ -167,14 +188,22 @@ class Routes:
                 "; ".join(reasons) or "first choice",
             )
             return way.chosen
+        if lost is not None:
+            raise lost
         await self._check_alive(way)
         reason = "; ".join(reasons)
         raise UnavailableError(
             f"no transport reaches {owner}: {reason}", reason=reason, transport="any"
         )
 
-    async def explain(self, ref: Pullable, here: bytes) -> Explanation:
-        """See `aiordt.explain`; ``here`` is this process's runtime id."""
+    async def explain(self, ref: Pullable, here: bytes, packed_by: str | None) -> Explanation:
+        """See `aiordt.explain`.
+
+        Args:
+            ref: What would be pulled.
+            here: This process's runtime id.
+            packed_by: The transport that is best for it because its owner packs it.
+        """
         forced = ref.header.transport
         reasons: dict[str, str] = {}
         chosen: str | None = None
@@ -190,7 +219,8 @@ class Routes:
             reasons["local"] = f"the owner is another process, {ref.header.owner}"
         elif chosen is None:
             chosen, reasons["local"] = "local", "this process owns the tensor: no copy"
-        for name in self._transports:
+        first = () if packed_by is None else (packed_by,)
+        for name in dict.fromkeys((*first, *self._preferred, *self._transports)):
             if chosen in {"local", "inline"}:
                 reasons[name] = "not needed"
             elif forced is not None and name != forced:
@@ -201,6 +231,11 @@ class Routes:
                 except UnavailableError as exc:
                     reasons[name] = exc.reason
                     continue
+                except (PeerLostError, AuthenticationError) as exc:
+                    reasons[name] = str(exc)
+                    continue
                 reasons[name] = "usable" if chosen is None else f"usable; {chosen} is preferred"
+                if name == packed_by:
+                    reasons[name] += "; the owner packs this tensor of many small pieces"
                 chosen = chosen or name
         return Explanation(chosen, reasons)

@@ -59,6 +59,7 @@ class Connection:
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._serving: dict[int, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def call(self, request: Message) -> Message:
@@ -81,6 +82,7 @@ class Connection:
                 self._write_nowait(_wire.KIND_NOTE, 0, _wire.Cancel(number))
             raise
         finally:
+            future.cancel()  # no-one will look at what comes now
             del self._pending[number]
         if isinstance(reply, _wire.Failure):
             raise _rebuilt(reply)
@@ -123,8 +125,11 @@ class Connection:
                 task.cancel()
         else:
             task = asyncio.get_running_loop().create_task(self._serve(kind, number, message))
-            self._serving[number] = task
-            task.add_done_callback(lambda _: self._serving.pop(number, None))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            if kind == _wire.KIND_REQUEST:
+                self._serving[number] = task
+                task.add_done_callback(lambda _: self._serving.pop(number, None))
 
     async def _serve(self, kind: int, number: int, message: Message) -> None:
         try:
@@ -148,7 +153,7 @@ class Connection:
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(ConnectionResetError(errno.ECONNRESET, "connection lost"))
-        for task in list(self._serving.values()):
+        for task in list(self._tasks):
             task.cancel()
         self._ended(self)
 

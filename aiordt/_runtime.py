@@ -11,13 +11,13 @@ import ctypes
 import logging
 import os
 import threading
-import warnings
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from aiordt import _config, _ray, _wire
 from aiordt._errors import (
+    AiordtError,
     ClosedError,
     OwnerDiedError,
     PeerLostError,
@@ -25,6 +25,7 @@ from aiordt._errors import (
 )
 from aiordt._landing import (
     Header,
+    Landing,
     Pullable,
     copy_into,
     describe,
@@ -32,13 +33,14 @@ from aiordt._landing import (
     dtype_of,
     land,
     num_bytes,
+    prefers_packing,
     unpack_inline,
 )
 from aiordt._memory import Pool
 from aiordt._metrics import Counters, phase
 from aiordt._peer import Network, listen
 from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
-from aiordt._registry import Registry
+from aiordt._registry import Registry, warn_if_shared
 from aiordt._route import Routes
 from aiordt._types import MIB
 from aiordt.abc import PeerAddress
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 
     from aiordt._config import Config
     from aiordt._ray import Session
-    from aiordt._registry import Export
     from aiordt._types import Explanation, Owner
     from aiordt._wire import Message
     from aiordt.abc import Link, Transport
@@ -59,16 +60,15 @@ _log = logging.getLogger(__name__)
 
 #: Notes to owners ("I pulled this") are gathered for so long.
 _NOTE_SECONDS: Final = 0.05
+#: How often a runtime looks whether its Ray session goes on (2 µs).
+_SESSION_SECONDS: Final = 1.0
+_STALE_REF: Final = "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
 #: How long Ray is given to say whether an unreachable owner is dead.
 _RAY_SECONDS: Final = 1.0
 #: Bytes that awaits may copy on the caller's loop before one of them lets others run.
 _COURTESY_NBYTES: Final = 4 * MIB
 #: Larger copies are made on a worker thread.
 _COPY_ON_LOOP_NBYTES: Final = MIB
-
-
-class SharedTensorWarning(UserWarning):
-    """A tensor is used by its owner and, at the same time, by others; in-place writes show."""
 
 
 class Runtime:
@@ -106,6 +106,7 @@ class Runtime:
         self._transports: dict[str, Transport] = {"cma": CmaTransport(), "tcp": self.tcp}
         dropped = Inbox(self.io.loop, self.registry.drop)
         self.markers = _ray.Markers(self.workers, dropped.put)
+        self._unsent: list[Header] = []
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
             listener,
@@ -117,6 +118,7 @@ class Runtime:
         )
         self.routes = Routes(self.io, self._network, self._transports, config.transports)
         post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
+        post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
     @property
     def owner(self) -> Owner:
@@ -129,10 +131,24 @@ class Runtime:
         if self._secret is None or (self._secret.done() and self._secret.exception()):
 
             async def read() -> bytes:
-                return await self.workers.run(lambda: _ray.read_secret(self.session))
+                try:
+                    return await self.workers.run(lambda: _ray.read_secret(self.session))
+                except AiordtError:
+                    raise
+                except Exception as exc:
+                    raise PeerLostError(
+                        f"the cluster's secret could not be read from Ray's GCS: {exc}",
+                        peer="GCS",
+                    ) from exc
 
             self._secret = asyncio.get_running_loop().create_task(read())
         return await asyncio.shield(self._secret)
+
+    async def _watch_session(self) -> None:
+        """End with the session, even if nobody asks for anything any more."""
+        while not self.session.over:  # noqa: ASYNC110  (Ray tells nobody)
+            await asyncio.sleep(_SESSION_SECONDS)
+        threading.Thread(target=close, args=(self,), daemon=True).start()
 
     # --- serving: on the io loop -----------------------------------------------------------
 
@@ -154,8 +170,13 @@ class Runtime:
         self.routes.forget(peer_id)
 
     def _send_notes(self, headers: list[Header]) -> None:
+        self._unsent += headers
+        if len(self._unsent) > len(headers):
+            return  # a sender is waiting already
+
         async def send() -> None:
             await asyncio.sleep(_NOTE_SECONDS)
+            headers, self._unsent = self._unsent, []
             keys: dict[bytes, tuple[Header, list[bytes]]] = {}
             for header in headers:
                 keys.setdefault(header.address.runtime_id, (header, []))[1].append(header.key)
@@ -167,15 +188,13 @@ class Runtime:
     async def explain(self, ref: Pullable) -> Explanation:
         """See `aiordt.explain`."""
         self._check(ref)
-        return await self.routes.explain(ref, self.address.runtime_id)
+        return await self.routes.explain(ref, self.address.runtime_id, self._packed_by(ref))
 
     # --- pulling ---------------------------------------------------------------------------
 
     def _check(self, ref: Pullable) -> None:
         if ref.header.session is not self.session or self.closed:
-            raise ClosedError(
-                "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
-            )
+            raise ClosedError(_STALE_REF)
         if ref.released:
             raise TensorFreedError("this ref was released: release() gave its tensor up")
 
@@ -200,6 +219,8 @@ class Runtime:
         if tensor is not None:
             self._came_along(ref)
             return tensor
+        if ref.meta.stride is not None:
+            return None
         forced = transport or ref.header.transport
         found = self.routes.known(ref.header.address.runtime_id, forced)
         if found is None:
@@ -242,14 +263,16 @@ class Runtime:
         """
         for ref in refs:
             self._check(ref)
+        leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
         self._inline_nbytes = 0
         await asyncio.sleep(0)
         results: list[torch.Tensor | None] = [None] * len(refs)
         batches: dict[tuple[bytes, str | None], list[int]] = {}
         for index, ref in enumerate(refs):
+            self._check(ref)
             tensor = self._here(ref)
             if tensor is None:
-                forced = transport or ref.header.transport
+                forced = transport or ref.header.transport or self._packed_by(ref)
                 batches.setdefault((ref.header.address.runtime_id, forced), []).append(index)
                 continue
             self._came_along(ref)
@@ -269,7 +292,13 @@ class Runtime:
 
         if batches:
             await run_all([pull_batch(forced, indices) for (_, forced), indices in batches.items()])
+        del leases
         return [tensor for tensor in results if tensor is not None]
+
+    def _packed_by(self, ref: Pullable) -> str | None:
+        """The transport for a tensor of tiny pieces: one whose owner packs them first."""
+        wanted = prefers_packing(ref.meta) and "tcp" in self.config.transports
+        return "tcp" if wanted else None
 
     async def _found(self, header: Header, forced: str | None) -> tuple[str, Link]:
         try:
@@ -284,6 +313,7 @@ class Runtime:
     async def _ray_says_gone(self, owner: Owner) -> bool:
         """Whether an unreachable owner is known to be dead; ``False`` if Ray does not answer."""
         asked = self._ray_questions.run(lambda: _ray.is_gone(owner))
+        asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
         done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
         return bool(done) and asked.exception() is None and asked.result()
 
@@ -307,16 +337,24 @@ class Runtime:
         name: str,
         link: Link,
     ) -> list[torch.Tensor]:
-        """One read; ``refs``, held by the caller's frame, keep the leases until it has ended."""
+        """One read; the leases are held by the caller's frame until it has ended."""
         nbytes = sum(num_bytes(ref.meta) for ref in refs)
         await self._admission.acquire(nbytes)
         self.counters.started(len(refs))
         try:
             phase("pull.admitted")
-            landings = [
-                land(ref, self.pool, None if into is None else into[index])
-                for index, ref in enumerate(refs)
-            ]
+
+            def prepare() -> list[Landing]:
+                targets = [None] * len(refs) if into is None else into
+                return [
+                    land(ref, self.pool, target, packed=name == "tcp")
+                    for ref, target in zip(refs, targets, strict=True)
+                ]
+
+            if any(ref.meta.stride is not None for ref in refs):
+                landings = await self.workers.run(prepare)  # many runs take long to list
+            else:
+                landings = prepare()
             parts = [landing.part for landing in landings]
             try:
                 if not link.read_nowait(parts):
@@ -366,6 +404,7 @@ class Runtime:
 
         async def cleanup() -> None:
             await self._network.aclose()
+            await self.routes.aclose()
             for transport in self._transports.values():
                 await transport.aclose()
 
@@ -380,20 +419,9 @@ def _died(owner: Owner, cause: Exception, what: str = "its tensors") -> OwnerDie
     return OwnerDiedError(f"{owner} died, and {what} with it ({cause})", owner=str(owner))
 
 
-def warn_if_shared(export: Export) -> None:
-    """Warn, once, when a tensor is used both here, as itself, and elsewhere, as copies."""
-    if export.local and export.seen_by and not export.warned:
-        export.warned = True
-        warnings.warn(
-            f"a tensor exported by {export.label} was awaited both by its owner, which got the "
-            "tensor itself, and by other processes, which got copies: in-place changes by the "
-            "owner may or may not be seen there. Clone it, or export it with snapshot=True",
-            SharedTensorWarning,
-            stacklevel=2,
-        )
-
-
 class _Current:
+    """The one runtime of this process."""
+
     runtime: Runtime | None = None
 
 
@@ -414,31 +442,43 @@ def current() -> Runtime:
         runtime = _Current.runtime
         if runtime is not None and runtime.session is session and runtime.pid == os.getpid():
             return runtime
-        if runtime is None:
-            atexit.register(close)
-        else:
+        if runtime is not None:
             _config.release()
             threading.Thread(target=runtime.close, daemon=True).start()
         _Current.runtime = Runtime(session, _config.take())
         return _Current.runtime
 
 
-def in_session() -> bool:
-    """Whether this process is in a Ray session."""
-    return _ray.session_or_none() is not None
+def current_for(ref: Pullable) -> Runtime:
+    """The runtime that may pull a ref.
+
+    Raises:
+        ClosedError: The ref belongs to a session that has ended.
+        UsageError: Ray is not initialized here.
+    """
+    session = ref.header.session
+    if isinstance(session, _ray.Session) and not session.alive:
+        raise ClosedError(_STALE_REF)
+    return current()
 
 
 def current_or_none() -> Runtime | None:
     """The runtime, if it has been started and its session goes on."""
     runtime = _Current.runtime
-    return runtime if runtime is not None and runtime.session.alive else None
+    if runtime is None or runtime.pid != os.getpid() or not runtime.session.alive:
+        return None
+    return runtime
 
 
-def close() -> None:
-    """End the runtime of this process, if there is one."""
+def close(only: Runtime | None = None) -> None:
+    """End the runtime of this process, if there is one (and it is ``only``)."""
     with _lock:
         runtime = _Current.runtime
+        if runtime is None or (only is not None and runtime is not only):
+            return
         _Current.runtime = None
-    if runtime is not None:
         _config.release()
-        runtime.close()
+    runtime.close()
+
+
+atexit.register(close)

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime as dt
 import io
 import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from uuid import UUID
 
 import numpy as np
 import torch
@@ -35,6 +40,7 @@ _PLAIN: Final = frozenset(
     {
         type(None), bool, int, float, complex, str, bytes, bytearray, range, type, np.dtype,
         torch.dtype, torch.device, torch.Size, type(Ellipsis), type(NotImplemented),
+        dt.datetime, dt.date, dt.timedelta, Decimal, Fraction, UUID,
     }
 )  # fmt: skip
 
@@ -77,6 +83,10 @@ class Flat:
     Attributes:
         leaves: Each leaf once, in tree order (with ``every``, each time it occurs). Leaves
             are one if ``same`` gives the same for them: the object's identity, or the leaf.
+        has_tensordicts: Whether a `TensorDictRefs` is among the containers.
+
+    With ``strict``, an object that cannot be searched is refused; otherwise it is left alone,
+    for whoever must pickle it to complain.
     """
 
     def __init__(
@@ -86,12 +96,15 @@ class Flat:
         *,
         same: Callable[[Any], Hashable] = id,
         every: bool = False,
+        strict: bool = False,
     ) -> None:
         self.leaves: list[Any] = []
         self._tree = tree
         self._wanted = wanted
         self._same = same
         self._every = every
+        self._strict = strict
+        self.has_tensordicts = False
         self._indices: dict[Hashable, int] = {}
         self._open: set[int] = set()
         try:
@@ -120,7 +133,7 @@ class Flat:
         if self._wanted(value):
             index = self._leaf(value)
             return lambda values: values[index]
-        if is_opaque(value) or isinstance(value, torch.Tensor | np.generic):
+        if is_opaque(value) or isinstance(value, torch.Tensor | np.generic | Enum):
             return None
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return None
@@ -135,6 +148,8 @@ class Flat:
         return rebuild
 
     def _dict(self, value: dict[Any, Any]) -> _Rebuild | None:
+        if _PLAIN.issuperset(map(type, value.values())):
+            return None
         parts = {key: rebuild for key, item in value.items() if (rebuild := self._visit(item))}
         if not parts:
             return None
@@ -158,6 +173,8 @@ class Flat:
         return rebuild_copy
 
     def _sequence(self, value: Sequence[Any]) -> _Rebuild | None:
+        if _PLAIN.issuperset(map(type, value)):
+            return None
         parts = [self._visit(item) for item in value]
         if not any(parts):
             return None
@@ -223,6 +240,7 @@ class Flat:
         )
 
     def _tensordict_refs(self, value: TensorDictRefs) -> _Rebuild | None:
+        self.has_tensordicts = True
         rebuild = self._dict(dict(value.items))
         if rebuild is None:
             return None
@@ -248,7 +266,12 @@ class Flat:
         finder = _Finder(self, buffer, kept, buffers)
         try:
             finder.dump(value)
-        except Exception:  # noqa: BLE001  (whoever must pickle it will say what is wrong)
+        except Exception as exc:
+            if self._strict:
+                raise InvalidTypeError(
+                    f"cannot look for tensors in a {type(value).__qualname__} ({exc}): pass the "
+                    "tensors themselves"
+                ) from exc
             del self.leaves[before:]
             self._indices = {k: v for k, v in self._indices.items() if v < before}
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -10,7 +11,7 @@ import torch
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -71,6 +72,31 @@ class TransportStats:
     nbytes: int
 
 
+class Tally(Mapping[str, TransportStats]):
+    """What came by each transport: an immutable mapping that pickles and copies."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Mapping[str, TransportStats]) -> None:
+        self._entries = dict(entries)
+
+    @override
+    def __getitem__(self, name: str) -> TransportStats:
+        return self._entries[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @override
+    def __repr__(self) -> str:
+        return repr(self._entries)
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot of this process's runtime.
@@ -93,7 +119,7 @@ class Stats:
     bytes_pulled: int
     in_flight: int
     pool_bytes: int
-    by_transport: Mapping[str, TransportStats]
+    by_transport: Tally
 
 
 @dataclass(frozen=True, slots=True)

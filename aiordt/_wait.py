@@ -15,9 +15,9 @@ from aiordt._export import check_transport, is_tensor
 from aiordt._get import get, is_ref
 from aiordt._memory import storage_range
 from aiordt._ref import TensorRef
-from aiordt._runtime import current, current_or_none
+from aiordt._runtime import current_for, current_or_none
 from aiordt._tree import Flat
-from aiordt._types import Stats
+from aiordt._types import Stats, Tally
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -77,7 +77,9 @@ async def wait(
             for task in done:
                 task.result()
                 ready.add(tasks[task])
-            if not done:
+            if not done:  # what is ready is told by another thread: ask once more
+                now = set(_ray.ready_now([refs[tasks[task]] for task in pending]))
+                ready |= {tasks[task] for task in pending if refs[tasks[task]] in now}
                 break
     finally:
         for task in pending:
@@ -186,16 +188,18 @@ async def wait_tensor_freed(
 
     Raises:
         TimeoutError: The time is over; the message names the exports that are held.
+        UsageError: The tree holds an object that cannot be searched for tensors.
         ClosedError: Ray was shut down meanwhile.
 
     Cost:
         A few µs when free; the notice of the last drop takes a few ms, 2 s if its holder was
-        killed, and Ray's health check (tens of seconds) if its node was lost.
+        killed, and until Ray gives its node up if that was lost: tens of seconds, or minutes where
+        the host vanished without closing its connections.
     """
     runtime = current_or_none()
     if runtime is None:
         return
-    tensors: list[torch.Tensor] = Flat(tensor_or_tree, is_tensor).leaves
+    tensors: list[torch.Tensor] = Flat(tensor_or_tree, is_tensor, strict=True).leaves
     ranges = [storage_range(tensor) for tensor in tensors if tensor.layout is torch.strided]
     loop = asyncio.get_running_loop()
     started = loop.time()
@@ -247,14 +251,14 @@ async def explain(ref: TensorRef) -> Explanation:
     """
     if not isinstance(ref, TensorRef):
         raise InvalidTypeError(f"explain() takes a TensorRef, not {type(ref).__name__}")
-    return await current().explain(ref)
+    return await current_for(ref).explain(ref)
 
 
 def stats() -> Stats:
     """A snapshot of what this process exports, holds and has received."""
     runtime = current_or_none()
     if runtime is None:
-        return Stats(0, 0, len(_ref.live), 0, 0, 0, 0, {})
+        return Stats(0, 0, len(_ref.live), 0, 0, 0, 0, Tally({}))
     exports, exported_bytes = runtime.registry.counts()
     by_transport = runtime.counters.by_transport()
     return Stats(

@@ -21,7 +21,7 @@ import os
 import select
 import struct
 import sys
-from collections import deque
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
@@ -192,8 +192,8 @@ class CmaLink(Link):
             await finish(job.start(self._workers, readers), job.stop)
         finally:
             self._jobs.discard(job)
-        self._check_open()
         self._check_alive()
+        self._check_open()
 
     def _read_chunk(self, chunk: _Chunk, total: int) -> None:
         """One system call, usually; it may stop short between two pieces."""
@@ -263,7 +263,8 @@ class _Job:
 
     def __init__(self, link: CmaLink, chunks: Iterator[_Chunk], total: int) -> None:
         self._link = link
-        self._chunks = deque(chunks)
+        self._chunks = chunks
+        self._lock = threading.Lock()
         self._total = total
         self._stopped = False
 
@@ -276,15 +277,14 @@ class _Job:
         def turn() -> None:
             try:
                 for _ in range(_TURN):
-                    if self._stopped or not self._chunks:
+                    chunk = self._next()
+                    if chunk is None:
                         break
                     phase("cma.chunk")
-                    self._link._read_chunk(self._chunks.popleft(), self._total)  # noqa: SLF001
+                    self._link._read_chunk(chunk, self._total)  # noqa: SLF001
                 else:
                     workers.submit(turn)  # to the end of the queue: others get their turn
                     return
-            except IndexError:
-                pass
             except Exception as exc:  # noqa: BLE001  (handed to the waiter)
                 errors.append(exc)
                 self._stopped = True
@@ -303,6 +303,10 @@ class _Job:
                 self._stopped = True
                 end()  # the readers that did start are waited for
         return future
+
+    def _next(self) -> _Chunk | None:
+        with self._lock:
+            return None if self._stopped else next(self._chunks, None)
 
     def stop(self) -> None:
         self._stopped = True

@@ -39,8 +39,12 @@ if TYPE_CHECKING:
 REPLY_NBYTES: Final = 64 * KIB
 #: From here on a pull is spread over several streams.
 STRIPED_NBYTES: Final = 8 * MIB
-_MAX_THREADS: Final = 64
-_MAX_IDLE_STREAMS: Final = 4
+_MAX_RECEIVERS: Final = 64
+#: As many senders as there are streams: a consumer that stands still must not hold up others.
+_MAX_SENDERS: Final = 1 << 16
+#: Pulls by streams that one link runs at once; the others wait their turn.
+_MAX_PULLS: Final = 8
+_MAX_IDLE_STREAMS: Final = 2 * _MAX_PULLS
 _IOV_MAX: Final = 1024
 
 
@@ -100,6 +104,7 @@ class TcpLink(Link):
         self._num_streams = num_streams
         self._idle: list[tuple[bytes, socket.socket]] = []
         self._busy: set[socket.socket] = set()
+        self._turns = asyncio.Semaphore(_MAX_PULLS)
         self._closed = False
         self._reads: set[asyncio.Task[object]] = set()
 
@@ -123,7 +128,8 @@ class TcpLink(Link):
             if nbytes <= REPLY_NBYTES:
                 await self._read_reply(items, nbytes, views)
             else:
-                await self._read_streams(items, nbytes, views)
+                async with self._turns:
+                    await self._read_streams(items, nbytes, views)
         except (OSError, ProtocolViolationError) as exc:
             if self._closed:
                 raise ClosedError(f"the link to {self._peer.address} was closed") from exc
@@ -184,6 +190,10 @@ class TcpLink(Link):
         self._closed = True
         post(self._io.loop, self._close)
 
+    def __del__(self) -> None:
+        for _, sock in self._idle:
+            sock.close()
+
     def _close(self) -> None:
         for task in list(self._reads):
             task.cancel()  # its `IoThread.run` raises ClosedError (CLS-2)
@@ -206,8 +216,8 @@ class TcpTransport(Transport):
         self._io = io
         self._source = source
         self._num_streams = num_streams
-        self._receivers = Workers("tcp-receive", _MAX_THREADS)
-        self._senders = Workers("tcp-send", _MAX_THREADS)
+        self._receivers = Workers("tcp-receive", _MAX_RECEIVERS)
+        self._senders = Workers("tcp-send", _MAX_SENDERS)
         self._accepted: dict[tuple[bytes, bytes], socket.socket] = {}
         self._busy: dict[socket.socket | None, asyncio.Event] = {}
         self._sending: set[asyncio.Task[None]] = set()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import threading
 import time
 from typing import Any
 
@@ -108,10 +109,22 @@ async def test_a_transport_that_is_switched_off_is_unavailable(nodes: Any, spawn
     assert torch.equal(await b.pull.remote(plain), arange(MIB))
 
 
-async def test_a_bad_setting_is_told_by_the_actors_first_call(spawn: Any) -> None:
+async def test_a_bad_setting_is_told_by_the_first_use(spawn: Any) -> None:
     actor = spawn(options={"runtime_env": {"env_vars": {"AIORDT_TYPO": "1"}}})
-    with pytest.raises(ray.exceptions.RayActorError, match="AIORDT_TYPO"):
-        await actor.pid.remote()
+    for _ in range(2):
+        with pytest.raises(aiordt.UsageError, match="AIORDT_TYPO"):
+            await actor.make.remote(lambda _: arange(MIB))
+
+
+async def test_preference_is_as_configured(spawn: Any, nodes: Any) -> None:
+    b = spawn(options={"runtime_env": {"env_vars": {"AIORDT_TRANSPORTS": "tcp,cma"}}})
+    ref = await nodes[0].make.remote(lambda _: arange(MIB))
+
+    async def explained(_: Any, refs: list[Any]) -> tuple[str | None, list[str]]:
+        await refs[0]
+        return (await aiordt.explain(refs[0])).chosen, list(aiordt.stats().by_transport)
+
+    assert await b.run.remote(explained, [ref]) == ("tcp", ["tcp"])
 
 
 async def test_resized_storage_is_an_error_and_never_garbage(nodes: Any) -> None:
@@ -307,6 +320,66 @@ async def test_admission_is_first_come_first_served(nodes: Any, spawn: Any) -> N
     assert order == list(range(8))
     assert peak <= 1
     assert equal
+
+
+async def test_hundreds_of_tcp_pulls_at_once(nodes: Any) -> None:
+    a, b, _ = nodes
+    refs = await a.make_tcp.remote(lambda _: [torch.full((50_000,), i) for i in range(300)])
+
+    async def pull(_: Any, refs: list[Any]) -> list[int]:
+        tensors = await asyncio.gather(*refs)
+        return [int(tensor[-1]) for tensor in tensors]
+
+    assert await b.run.remote(pull, refs) == list(range(300))
+
+
+async def test_release_during_a_pull_does_not_free_what_is_read(nodes: Any) -> None:
+    a, b, _ = nodes
+
+    def make(node: Any) -> Any:
+        node.kept["t"] = torch.zeros(64 * MIB // 4)
+        return node.kept["t"]
+
+    async def write_when_free(node: Any) -> None:
+        await aiordt.wait_tensor_freed(node.kept["t"], 30)
+        node.kept["t"].fill_(1)
+
+    async def release_inside(_: Any, refs: list[Any], a: Any) -> list[float]:
+        ref = refs.pop()
+        struck = threading.Event()
+
+        def strike(name: str) -> None:
+            if name == "cma.chunk" and not struck.is_set():
+                struck.set()
+                ref.release()
+                time.sleep(0.1)  # time for the owner to hear of a drop, if there were one
+
+        on_phase(strike)
+        try:
+            tensor = await ref
+        finally:
+            on_phase(None)
+        assert struck.is_set()
+        return [float(tensor.min()), float(tensor.max())]
+
+    out = a.make.remote(make)
+    (ref,) = [await out]
+    del out
+    writing = a.run.remote(write_when_free)
+    pulled = b.run.remote(release_inside, [ref], a)
+    del ref
+    assert await pulled == [0.0, 0.0]
+    await writing
+
+
+async def test_a_live_transport_that_is_to_come_says_so(nodes: Any) -> None:
+    ref = await nodes[0].make.remote(lambda _: arange(MIB))
+    for name in ("nixl", "ucx", "shm"):
+        with pytest.raises(aiordt.UnavailableError, match="does not have it yet") as caught:
+            await aiordt.get(ref, transport=name)
+        assert caught.value.transport == name
+        with pytest.raises(aiordt.UnavailableError, match="does not have it yet"):
+            await aiordt.put(torch.ones(3), transport=name)
 
 
 def test_errors_travel_through_ray(cluster: None) -> None:

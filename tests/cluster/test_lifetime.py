@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import threading
 from typing import Any
 
 import pytest
@@ -153,6 +154,49 @@ async def test_snapshot_hides_later_writes_and_leaves_the_original_free(nodes: A
     assert float((await strided).sum()) == 7.0 * 1021 * 512
     parameter = await a.make_snapshot.remote(lambda _: torch.nn.Parameter(torch.ones(MIB)))
     assert isinstance(await parameter, torch.nn.Parameter)
+
+
+async def test_a_snapshot_is_never_torn(nodes: Any) -> None:
+    a, _, _ = nodes
+
+    async def race(node: Any) -> list[tuple[float, float]]:
+        tensor = torch.zeros(96 * MIB // 4)
+        seen = []
+        for step in range(4):
+            snapshot = asyncio.ensure_future(aiordt.put(tensor, snapshot=True))
+            await asyncio.sleep(0.001 * step)
+            await aiordt.wait_tensor_freed(tensor)
+            tensor.add_(1)
+            copy = await (await snapshot)
+            seen.append((float(copy.min()), float(copy.max())))
+        return seen
+
+    for low, high in await a.run.remote(race):
+        assert low == high
+
+
+class Box:
+    """An object that is no container."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+async def test_objects_that_hold_refs_beside_tensors(cluster: None) -> None:
+    tensor, other = arange(_NBYTES), arange(MIB)
+    ref = await aiordt.put(other)
+    box = await aiordt.put(Box(a=tensor, r=ref))
+    assert isinstance(box.a, aiordt.TensorRef)
+    assert box.r is ref
+    with pytest.raises(TimeoutError):
+        await aiordt.wait_tensor_freed(Box(a=tensor, r=ref), 0.05)
+    with pytest.raises(aiordt.UsageError, match="pass the tensors themselves"):
+        await aiordt.wait_tensor_freed(Box(a=tensor, lock=threading.Lock()), 0.05)
+    got = await aiordt.get(box)
+    assert got.a is tensor
+    assert got.r is other
+    del box, ref
+    await aiordt.wait_tensor_freed([tensor, other], 10)
 
 
 async def test_views_and_overlaps_are_one_storage(nodes: Any) -> None:

@@ -124,6 +124,43 @@ async def test_generators(spawn: Any) -> None:
     assert values == [0.0, 1.0, 2.0]
 
 
+async def test_leaving_a_generator_early_closes_the_users(nodes: Any) -> None:
+    local = Closing()
+    items: Any = local.stream()
+    async for _ in items:
+        break
+    await items.aclose()
+    assert local.closed
+
+
+class Closing(aiordt.AsyncActor):
+    """Knows when its generator has ended."""
+
+    closed = False
+
+    @aiordt.method
+    async def stream(self) -> AsyncIterator[Any]:
+        try:
+            while True:
+                yield torch.ones(3)
+        finally:
+            self.closed = True
+
+
+async def test_an_actor_configures_itself(nodes: Any, spawn: Any) -> None:
+    class Configured(aiordt.AsyncActor):
+        def __init__(self) -> None:
+            aiordt.configure(inline_nbytes=0)
+
+        @aiordt.method
+        async def make(self) -> Any:
+            return torch.ones(3)
+
+    ref = await spawn(ray.remote(Configured)).make.remote()
+    assert (await aiordt.explain(ref)).chosen == "cma"
+    assert torch.equal(await ref, torch.ones(3))
+
+
 async def test_resolve_pulls_refs_in_args_and_kwargs(nodes: Any, spawn: Any) -> None:
     actor = spawn(GroupedActor, 1.0)
     refs = await nodes[0].make.remote(lambda _: [arange(40), arange(MIB), arange(3 * MIB)])

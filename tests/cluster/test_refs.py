@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -130,6 +131,29 @@ async def test_strided_pulls_move_only_what_is_needed(nodes: Any) -> None:
     assert moved == 1000 * 50 * 4 + 1200 * 4
 
 
+async def test_a_tensor_of_tiny_pieces_is_packed_by_its_owner(nodes: Any) -> None:
+    a, b, _ = nodes
+    ref = await a.make.remote(lambda _: torch.arange(4e6).view(2000, 2000)[:, ::2])
+    explained = await b.run.remote(lambda _, refs: aiordt.explain(refs[0]), [ref])
+    assert explained.chosen == "tcp"
+    assert "packs" in explained.reasons["tcp"]
+    (got,) = await b.pull.remote([ref])
+    assert torch.equal(got, torch.arange(4e6).view(2000, 2000)[:, ::2])
+
+
+async def test_same_ref_direct_and_through_an_object_ref(nodes: Any) -> None:
+    a, b, _ = nodes
+    ref = await a.make.remote(lambda _: arange(MIB))
+    boxed = ray.put([ref])
+
+    async def both(_: Any, x: Any) -> tuple[bool, int]:
+        before = aiordt.stats().bytes_pulled
+        got = await aiordt.get(x)
+        return got[0] is got[1][0], aiordt.stats().bytes_pulled - before
+
+    assert await b.run.remote(both, [ref, boxed]) == (True, MIB)
+
+
 async def test_requires_grad_and_parameters(nodes: Any) -> None:
     refs = await nodes[0].make.remote(
         lambda _: [
@@ -165,8 +189,9 @@ async def test_subclasses_keep_their_class(nodes: Any) -> None:
         (lambda _: torch.eye(3).to_sparse(), "to_dense"),
         (lambda _: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "int_repr"),
         (lambda _: torch.empty(5, device="meta"), "host memory"),
+        (lambda _: torch.empty(8, dtype=getattr(torch, "uint4")), "uint8"),  # noqa: B009,
     ],
-    ids=["sparse", "quantized", "meta"],
+    ids=["sparse", "quantized", "meta", "uint4"],
 )
 async def test_what_cannot_be_exported_is_refused_whole(nodes: Any, make: Any, words: str) -> None:
     a = nodes[0]
@@ -247,5 +272,6 @@ async def test_stats_say_what_moved(nodes: Any) -> None:
     )
     assert after.in_flight == 0
     assert after.pool_bytes >= 0
+    assert dataclasses.asdict(after)["by_transport"]["cma"] == after.by_transport["cma"]
     with pytest.raises(AttributeError):
         after.pulls = 5

@@ -69,12 +69,22 @@ def test_repeated_asyncio_run_and_two_sessions() -> None:
 
         async def stale():
             for ref in (old, held):
-                try:
-                    await ref
-                except aiordt.UsageError as exc:
-                    assert "ray.init" in str(exc), exc
+                for use in (aiordt.get, aiordt.explain):
+                    try:
+                        await use(ref)
+                    except aiordt.ClosedError as exc:
+                        print("closed:", exc)
+            try:
+                await aiordt.put(torch.ones(3))
+            except aiordt.UsageError as exc:
+                assert "ray.init" in str(exc), exc
         asyncio.run(stale())
         assert aiordt.stats().exports == 0
+        deadline = time.monotonic() + 10
+        while any(thread.name == "aiordt-io" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline, "the old session's runtime lives on"
+            time.sleep(0.05)
+        aiordt.configure(inline_nbytes=1000)
 
         init()
         asyncio.run(use())
@@ -88,7 +98,7 @@ def test_repeated_asyncio_run_and_two_sessions() -> None:
         asyncio.run(still_stale())
         ray.shutdown()
         """)
-    assert out.count("closed:") == 2
+    assert out.count("closed:") == 6
 
 
 def test_exit_is_quiet_and_quick_with_everything_open() -> None:
@@ -129,8 +139,6 @@ def test_exit_without_shutdown_in_the_middle_of_a_pull() -> None:
 
 def test_shutdown_while_a_wait_is_pending_ends_it() -> None:
     out = script("""
-        import aiordt._wait
-        aiordt._wait.WARN_SECONDS = 0.3
         async def main():
             init()
             tensor = torch.ones(500_000)
@@ -142,8 +150,6 @@ def test_shutdown_while_a_wait_is_pending_ends_it() -> None:
                 await asyncio.wait_for(task, 20)
             except aiordt.ClosedError as exc:
                 print("closed:", exc)
-        import logging
-        logging.disable(logging.WARNING)
         asyncio.run(main())
         """)
     assert "closed:" in out
@@ -191,7 +197,6 @@ def test_import_and_idle_runtime_cost_nothing() -> None:
             node = Node.remote()
             assert await node.total.remote([ref]) == 500_000.0
             await asyncio.sleep(0.5)
-            before = {thread.name: None for thread in threading.enumerate()}
             def used():
                 spent = {}
                 for tid in os.listdir("/proc/self/task"):
@@ -202,7 +207,7 @@ def test_import_and_idle_runtime_cost_nothing() -> None:
             ids = {thread.native_id for thread in threading.enumerate()
                    if thread.name.startswith("aiordt")}
             first = used()
-            await asyncio.sleep(2)
+            await asyncio.sleep(4)
             second = used()
             ours = sum(second[t] - first.get(t, 0) for t in second if int(t) in ids)
             print("threads", len(ids), "ticks", ours)
@@ -211,4 +216,4 @@ def test_import_and_idle_runtime_cost_nothing() -> None:
         """)
     words = out.split()
     assert int(words[1]) >= 2
-    assert int(words[3]) <= 2, "aiordt's threads used CPU while idle (in 10 ms ticks)"
+    assert int(words[3]) <= 4, "aiordt's threads used over 1 % of a core while idle"

@@ -41,6 +41,8 @@ async def test_wait_is_as_rays(nodes: Any) -> None:
     done, pending = await aiordt.wait([never], timeout=0)
     assert (done, pending) == ([], [never])
     assert await aiordt.wait([]) == ([], [])
+    there = [ray.put(i) for i in range(20)]
+    assert await aiordt.wait(there, num_returns=20, timeout=0) == (there, [])
     failed = a.make.remote(fail)
     assert await aiordt.wait([failed], timeout=20) == ([failed], [])
     assert await aiordt.wait([ready, soon], num_returns=1) == ([ready], [soon])

@@ -237,6 +237,7 @@ class Ref:
     index: int = 0
     inline: bytes | None = None
     cls: type[torch.Tensor] | None = None
+    lease: object = None
     released: bool = False
 
 
