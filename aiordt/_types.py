@@ -119,7 +119,7 @@ class Stats:
     bytes_pulled: int
     in_flight: int
     pool_bytes: int
-    by_transport: Tally
+    by_transport: Mapping[str, TransportStats]
 
 
 @dataclass(frozen=True, slots=True)
