@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import threading
@@ -14,6 +13,7 @@ import ray
 import torch
 
 import aiordt
+from aiordt import testing
 from aiordt._metrics import phase
 
 if TYPE_CHECKING:
@@ -81,16 +81,8 @@ def on_phase(action: Callable[[str], None] | None) -> None:
 async def eventually(
     check: Callable[[], Awaitable[Any] | Any], *, seconds: float = 15.0, what: str = "condition"
 ) -> Any:
-    """Poll until ``check`` is true; its value."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = check()
-        if inspect.isawaitable(value):
-            value = await value
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
-        await asyncio.sleep(0.02)
+    """Poll until ``check`` is true; its value. A busy machine starts actors slowly."""
+    return await testing.eventually(check, what=what, within=seconds)
 
 
 async def drained(*nodes: Any) -> None:

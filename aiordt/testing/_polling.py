@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ _PERIOD_SECONDS: Final = 0.005
 
 async def eventually(
     check: Callable[[], object | Awaitable[object]], *, what: str, within: float = 5.0
-) -> None:
+) -> Any:  # noqa: ANN401
     """Wait until ``check()`` is true; other tasks of the loop run meanwhile.
 
     Args:
@@ -23,16 +23,19 @@ async def eventually(
         what: The condition in words, for the message.
         within: Seconds after which it is too late.
 
+    Returns:
+        What ``check`` gave.
+
     Raises:
         AssertionError: It did not come true in time.
     """
     deadline = time.monotonic() + within
     while True:
-        value = check()
+        value: Any = check()
         if inspect.isawaitable(value):
             value = await value
         if value:
-            return
+            return value
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within} s: {what}")
         await asyncio.sleep(_PERIOD_SECONDS)
