@@ -194,10 +194,14 @@ def measure(
     quick: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Measure the peers in turns, ``rounds`` times."""
+    """Measure the peers in turns, ``rounds`` times, in another order each time.
+
+    Whoever comes after a peer measures beside the end of that one's processes.
+    """
     series: dict[tuple[str, int, str], _Series] = defaultdict(_Series)
     for number in range(rounds):
-        for peer in peers:
+        first = number % len(peers)
+        for peer in (*peers[first:], *peers[:first]):
             why = missing(peer)
             if why is not None:
                 results.unavailable[peer] = why

@@ -22,7 +22,6 @@ import select
 import struct
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
@@ -36,7 +35,7 @@ from aiordt._types import MIB
 from aiordt.abc import Availability, Link, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from aiordt.abc import Part, Peer
 
