@@ -280,15 +280,14 @@ async def _refuses(address: PeerAddress) -> bool:
 
     A process that is being killed loses its sockets one by one, so it is watched for a while.
     """
-    deadline = asyncio.get_running_loop().time() + _VERDICT_SECONDS
-    while asyncio.get_running_loop().time() < deadline:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _VERDICT_SECONDS
+    while loop.time() < deadline:
         with socket.socket(_family(address.host), socket.SOCK_STREAM) as sock:
             sock.settimeout(0)
             try:
                 async with asyncio.timeout_at(deadline):
-                    await asyncio.get_running_loop().sock_connect(
-                        sock, (address.host, address.port)
-                    )
+                    await loop.sock_connect(sock, (address.host, address.port))
             except ConnectionRefusedError:
                 return True
             except (OSError, TimeoutError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, Final
 
@@ -201,6 +202,20 @@ def _reduce_ref(ref: TensorRef) -> tuple[object, ...]:
     return _rebuild, args
 
 
+@functools.lru_cache(maxsize=4)  # one for each runtime that this process has had
+def _pack_origin(address: PeerAddress, owner: Owner) -> bytes:
+    fields: tuple[object, ...] = (
+        _ORIGIN_VERSION,
+        *dataclasses.astuple(address),
+        owner.node_id,
+        owner.actor_id,
+        owner.actor_name,
+        {},
+    )
+    packed: bytes = msgpack.packb(fields)
+    return packed
+
+
 @functools.lru_cache(maxsize=1024)
 def _unpack_origin(origin: bytes) -> tuple[PeerAddress, Owner]:
     fields = msgpack.unpackb(origin, use_list=False)
@@ -223,20 +238,7 @@ def make_header(key: bytes, transport: str | None) -> Header:
     """The header of a result that this process exports."""
     runtime = current()
     address, owner = runtime.address, runtime.owner
-    fields: tuple[object, ...] = (
-        _ORIGIN_VERSION,
-        address.host,
-        address.port,
-        address.runtime_id,
-        address.pid,
-        address.host_id,
-        address.token_address,
-        owner.node_id,
-        owner.actor_id,
-        owner.actor_name,
-        {},
-    )
-    origin: bytes = msgpack.packb(fields)
+    origin = _pack_origin(address, owner)
     return Header(runtime.session, origin, address, owner, key, transport)
 
 

@@ -7,6 +7,7 @@ inherits, and lets peers read it. `process_pairs` makes pairs of such a process 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import signal
 import socket
@@ -167,18 +168,7 @@ def serve(fd: int, *, busy: bool) -> None:
     control = socket.socket(fileno=fd)
     torch.set_num_threads(1)
     half = _Half()
-    address = half.address
-    _send(
-        control,
-        [
-            address.host,
-            address.port,
-            address.runtime_id,
-            address.pid,
-            address.host_id,
-            address.token_address,
-        ],
-    )
+    _send(control, dataclasses.astuple(half.address))
     with suppress(EOFError, ConnectionError):
         while True:
             tensors = [_unpack(packed) for packed in _receive(control)]

@@ -103,15 +103,13 @@ class TcpLink(Link):
         self._workers = workers
         self._num_streams = num_streams
         self._idle: list[tuple[bytes, socket.socket]] = []
-        self._busy: set[socket.socket] = set()
         self._turns = asyncio.Semaphore(_MAX_PULLS)
         self._closed = False
         self._reads: set[asyncio.Task[object]] = set()
 
     @override
     async def read(self, parts: Sequence[Part]) -> None:
-        if self._closed:
-            raise ClosedError(f"the link to {self._peer.address} was closed")
+        self._check_open()
         await self._io.run(self._read(parts))
 
     async def _read(self, parts: Sequence[Part]) -> None:
@@ -119,8 +117,7 @@ class TcpLink(Link):
         if task is not None:
             self._reads.add(task)
             task.add_done_callback(self._reads.discard)
-        if self._closed:
-            raise ClosedError(f"the link to {self._peer.address} was closed")
+        self._check_open()
         nbytes = sum(part.nbytes for part in parts)
         views = [view_memory(part.target, part.nbytes, writable=True) for part in parts]
         items = [(part.key, part.index) for part in parts]
@@ -131,9 +128,12 @@ class TcpLink(Link):
                 async with self._turns:
                     await self._read_streams(items, nbytes, views)
         except (OSError, ProtocolViolationError) as exc:
-            if self._closed:
-                raise ClosedError(f"the link to {self._peer.address} was closed") from exc
+            self._check_open()
             raise await self._peer.verdict(exc, transport="tcp", nbytes=nbytes) from exc
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the link to {self._peer.address} was closed")
 
     async def _read_reply(
         self, items: list[tuple[bytes, int]], nbytes: int, views: list[memoryview]
@@ -170,7 +170,6 @@ class TcpLink(Link):
                 _break(*(sock for _, sock in streams))
             await _settled(works)  # OWN-1
             for name, sock in streams:
-                self._busy.discard(sock)
                 if whole and not self._closed and len(self._idle) < _MAX_IDLE_STREAMS:
                     self._idle.append((name, sock))
                 else:
@@ -178,12 +177,9 @@ class TcpLink(Link):
 
     async def _stream(self) -> tuple[bytes, socket.socket]:
         if self._idle:
-            name, sock = self._idle.pop()
-        else:
-            name = os.urandom(KEY_NBYTES)
-            sock = await self._peer.open_stream(name)
-        self._busy.add(sock)
-        return name, sock
+            return self._idle.pop()
+        name = os.urandom(KEY_NBYTES)
+        return name, await self._peer.open_stream(name)
 
     @override
     async def aclose(self) -> None:
@@ -219,7 +215,7 @@ class TcpTransport(Transport):
         self._receivers = Workers("tcp-receive", _MAX_RECEIVERS)
         self._senders = Workers("tcp-send", _MAX_SENDERS)
         self._accepted: dict[tuple[bytes, bytes], socket.socket] = {}
-        self._busy: dict[socket.socket | None, asyncio.Event] = {}
+        self._busy: dict[socket.socket, asyncio.Event] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
     @classmethod

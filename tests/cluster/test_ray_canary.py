@@ -140,3 +140,4 @@ async def test_object_ready_does_not_raise(cluster: None) -> None:
     await asyncio.sleep(0)
     never.cancel()
     await asyncio.wait({never})
+    assert never.cancelled()
