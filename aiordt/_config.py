@@ -13,7 +13,7 @@ from aiordt._types import GIB, KIB
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: Transports that this version has, in order of preference for host memory.
+#: aiordt's own transports, in order of preference for host memory.
 TRANSPORTS: Final = ("cma", "tcp")
 #: Names that are taken for what is to come; asking for one says that it is not there yet.
 PLANNED: Final = ("shm", "nixl", "ucx", "cuda_ipc")

@@ -9,14 +9,8 @@ import torch
 
 from aiordt import _device, _wire
 from aiordt._errors import InvalidValueError
-from aiordt._memory import (
-    dense_stride,
-    first_run,
-    from_raw_bytes,
-    in_memory_order,
-    memory_order,
-    runs,
-)
+from aiordt._layout import Cut, first_run
+from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
 from aiordt._types import DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
 
@@ -172,37 +166,41 @@ def prefers_packing(meta: TensorMeta) -> bool:
     return run_nbytes < _SMALL_RUN and num_bytes(meta) > _MANY_RUNS * run_nbytes
 
 
-def land(
-    ref: Pullable, pool: Pool, into: torch.Tensor | None = None, *, packed: bool = False
-) -> Landing:
+def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing:
     """Prepare memory for ``ref``: the caller's, where it is laid out as the bytes travel.
 
     Args:
         ref: What is pulled.
         pool: Where other memory comes from.
         into: The caller's tensor.
-        packed: The owner packs what is strided, so that its pieces need not be listed.
 
     Cost:
-        A few µs; for a strided tensor that is not packed, 10 ns for each of its pieces.
+        A few µs.
     """
     meta = ref.meta
     dtype = dtype_of(meta.dtype)
-    key, index, address = ref.header.key, ref.index, meta.address
     if meta.stride is None:
         fits = into is not None and into.is_contiguous()
         tensor = into if fits and into is not None else pool.empty(meta.shape, dtype)
-        nbytes = tensor.numel() * dtype.itemsize
-        part = Part(key, index, address, tensor.data_ptr(), nbytes, nbytes, None)
-        return Landing(ref, tensor, part, into)
-    source = _order_of(meta)
-    flat = pool.empty(tuple(source.shape), dtype)
-    nbytes = flat.numel() * dtype.itemsize
-    part = Part(key, index, address, flat.data_ptr(), nbytes, nbytes, None)
-    if not packed:
-        part.run_nbytes, offsets = runs(source.shape, source.stride(), dtype.itemsize)
-        part.offsets = None if len(offsets) == 1 else offsets
-    return Landing(ref, flat, part, into)
+        numel = tensor.numel()
+        cut = None if meta.offset is None else Cut(meta.offset, (numel,), (1,), dtype.itemsize)
+    else:
+        source = _order_of(meta)
+        tensor = pool.empty(tuple(source.shape), dtype)
+        numel = tensor.numel()
+        cut = Cut(meta.offset or 0, tuple(source.shape), source.stride(), dtype.itemsize)
+    part = Part(
+        ref.header.key,
+        ref.index,
+        meta.address,
+        tensor.data_ptr(),
+        numel * dtype.itemsize,
+        cut,
+        meta.segment,
+        meta.device or "cpu",
+        tensor,
+    )
+    return Landing(ref, tensor, part, into)
 
 
 def copy_into(into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

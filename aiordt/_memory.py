@@ -15,7 +15,6 @@ import mmap
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import torch
 
 from aiordt._types import MIB
@@ -206,33 +205,3 @@ def from_raw_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype) -> tor
     if data:
         view_memory(tensor.data_ptr(), len(data), writable=True)[:] = data
     return tensor
-
-
-def first_run(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
-    """Bytes of each of the contiguous runs that `runs` lists."""
-    run = itemsize
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step * itemsize != run:
-            break
-        run *= size
-    return run
-
-
-def runs(
-    shape: Sequence[int], stride: Sequence[int], itemsize: int
-) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """The contiguous runs of bytes that make up a strided tensor, in C order.
-
-    Returns:
-        Bytes of each run, and the offset of each from element 0, in bytes.
-    """
-    run = first_run(shape, stride, itemsize)
-    inner = itemsize
-    dims = list(zip(shape, stride, strict=True))
-    while dims and inner < run:
-        inner *= dims.pop()[0]
-    offsets = np.zeros(1, dtype=np.int64)
-    for size, step in dims:
-        steps = np.arange(size, dtype=np.int64) * (step * itemsize)
-        offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
-    return run, offsets

@@ -26,17 +26,19 @@ from typing_extensions import override
 
 from aiordt import _device
 from aiordt._errors import ClosedError, InvalidValueError, TensorFreedError
-from aiordt._memory import in_memory_order, storage_range, view_memory
+from aiordt._memory import storage_range, view_memory
 from aiordt._progress import post, settle
 from aiordt._refcount import Freed, Held, Released, State, step
-from aiordt._types import DTYPE_CODES, MIB
+from aiordt._types import DTYPE_CODES, DTYPES, MIB
 from aiordt._wire import new_key
 from aiordt.abc import Served, Source
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 
+    from aiordt._layout import Cut
     from aiordt._progress import Workers
+    from aiordt._wire import Item
     from aiordt.abc import Event
 
 #: Storages from this size on have a lease each; the smaller ones of a result share one.
@@ -323,28 +325,46 @@ class Registry(Source):
             return num_tensors, sum(key[1] for key in self._state.counts)
 
     @override
+    def exported(self, key: bytes, index: int) -> torch.Tensor:
+        return self.local(key, index)[1]
+
+    @override
     @asynccontextmanager
-    async def open(self, items: Sequence[tuple[bytes, int]], nbytes: int) -> AsyncGenerator[Served]:
+    async def open(self, items: Sequence[Item], nbytes: int) -> AsyncGenerator[Served]:
         if not items:
             raise InvalidValueError("a pull names no tensors")
         with ExitStack() as stack:
             with self._lock:
-                found = [self.local(key, index) for key, index in items]
+                found = [self.local(key, index) for key, index, _ in items]
                 tensors = [tensor for _, tensor in found]
                 stack.enter_context(self.holding(tensors))
-            ordered = [in_memory_order(tensor) for tensor in tensors]
-            total = sum(tensor.nbytes for tensor in ordered)
+            views = [
+                _cut_out(tensor, cut) for tensor, (_, _, cut) in zip(tensors, items, strict=True)
+            ]
+            dtypes = [
+                _sent_dtype(view, cut) for view, (_, _, cut) in zip(views, items, strict=True)
+            ]
+            total = sum(
+                view.numel() * dtype.itemsize for view, dtype in zip(views, dtypes, strict=True)
+            )
             if total != nbytes:
                 raise InvalidValueError(
                     f"the owner has {total} bytes there, not {nbytes}: was the tensor resized in "
                     "place after it was exported?"
                 )
-            if not all(tensor.is_contiguous() for tensor in ordered):
-                ordered = await self._workers.run(
-                    lambda: [tensor.contiguous() for tensor in ordered]
+            if not all(
+                view.is_contiguous() and view.dtype is dtype
+                for view, dtype in zip(views, dtypes, strict=True)
+            ):
+                views = await self._workers.run(
+                    lambda: [
+                        view.to(dtype).contiguous()
+                        for view, dtype in zip(views, dtypes, strict=True)
+                    ]
                 )
-            views = [view_memory(tensor.data_ptr(), tensor.nbytes) for tensor in ordered]
-            yield Served(views, found[0][0].ready)
+            yield Served(
+                [view_memory(view.data_ptr(), view.nbytes) for view in views], found[0][0].ready
+            )
 
     def close(self) -> None:
         """Give everything up; waiters are woken and see that the runtime has ended."""
@@ -356,6 +376,41 @@ class Registry(Source):
             self._state = State()
         for waiter in waiters:
             post(waiter.loop, settle, waiter.future, None, None)
+
+
+def _cut_out(tensor: torch.Tensor, cut: Cut | None) -> torch.Tensor:
+    """The part of an exported tensor that a peer asks for.
+
+    Raises:
+        InvalidValueError: It is not within the tensor's storage.
+    """
+    if cut is None:
+        if not tensor.is_contiguous():
+            raise InvalidValueError("a pull of a strided tensor does not say how it lies")
+        return tensor
+    storage = tensor.untyped_storage()
+    start = tensor.data_ptr() - storage.data_ptr() + cut.offset
+    dtype = tensor.dtype if cut.itemsize == tensor.itemsize else torch.uint8
+    if cut.itemsize != dtype.itemsize or start % cut.itemsize:
+        raise InvalidValueError(f"elements of {cut.itemsize} bytes of a tensor of {tensor.dtype}")
+    if start + cut.span > storage.nbytes():
+        raise InvalidValueError("a pull goes beyond the tensor: was it resized in place?")
+    view = torch.empty(0, dtype=dtype, device=tensor.device)
+    return view.set_(storage, start // cut.itemsize, cut.shape, cut.stride)
+
+
+def _sent_dtype(view: torch.Tensor, cut: Cut | None) -> torch.dtype:
+    """The dtype in which the part travels.
+
+    Raises:
+        InvalidValueError: This PyTorch does not have it.
+    """
+    if cut is None or cut.dtype is None:
+        return view.dtype
+    dtype = DTYPES[cut.dtype] if cut.dtype < len(DTYPES) else None
+    if dtype is None:
+        raise InvalidValueError(f"this PyTorch ({torch.__version__}) lacks a dtype that was asked")
+    return dtype
 
 
 def warn_if_shared(export: Export) -> None:

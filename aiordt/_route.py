@@ -18,15 +18,17 @@ from aiordt._metrics import phase
 from aiordt._peer import RemotePeer
 from aiordt._progress import post
 from aiordt._types import Explanation
+from aiordt.transports import names, probe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from aiordt._landing import Pullable
     from aiordt._peer import Network
     from aiordt._progress import IoThread
     from aiordt._types import Owner
-    from aiordt.abc import Link, PeerAddress, Transport
+    from aiordt.abc import Link, PeerAddress
+    from aiordt.transports import Transports
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Routes:
         self,
         io: IoThread,
         network: Network,
-        transports: Mapping[str, Transport],
+        transports: Transports,
         preferred: Sequence[str],
     ) -> None:
         self._io = io
@@ -67,7 +69,7 @@ class Routes:
             return "this version of aiordt does not have it yet"
         if name not in self._preferred:
             return f"not among this process's transports: {', '.join(self._preferred)}"
-        available = self._transports[name].probe()
+        available = probe(name)
         return "" if available.usable else available.reason
 
     def known(self, peer_id: bytes, forced: str | None) -> tuple[str, Link] | None:
@@ -120,7 +122,8 @@ class Routes:
             try:
                 if reason:
                     raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name)
-                made = await self._transports[name].connect(way.peer)
+                transport = await self._transports.get(name)
+                made = await transport.connect(way.peer)
             except UnavailableError as exc:
                 known = way.links.setdefault(name, exc.with_traceback(None))
             except OwnerDiedError:
@@ -220,7 +223,7 @@ class Routes:
         elif chosen is None:
             chosen, reasons["local"] = "local", "this process owns the tensor: no copy"
         first = () if packed_by is None else (packed_by,)
-        for name in dict.fromkeys((*first, *self._preferred, *self._transports)):
+        for name in dict.fromkeys((*first, *self._preferred, *names())):
             if chosen in {"local", "inline"}:
                 reasons[name] = "not needed"
             elif forced is not None and name != forced:

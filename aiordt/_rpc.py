@@ -173,6 +173,8 @@ def _rebuilt(failure: _wire.Failure) -> AiordtError:
         "UsageError": _errors.UsageError,
         "ClosedError": ClosedError,
     }
+    if failure.kind == "UnavailableError":
+        return _errors.UnavailableError(failure.text, reason=failure.text, transport="")
     kind = kinds.get(failure.kind)
     if kind is not None:
         return kind(failure.text)

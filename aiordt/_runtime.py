@@ -43,9 +43,9 @@ from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, 
 from aiordt._registry import Registry, warn_if_shared
 from aiordt._route import Routes
 from aiordt._types import MIB
-from aiordt.abc import PeerAddress
-from aiordt.transports.cma import CmaTransport, allow_readers, host_id
-from aiordt.transports.tcp import TcpTransport
+from aiordt.abc import Context, PeerAddress
+from aiordt.transports import Transports
+from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from aiordt._ray import Session
     from aiordt._types import Explanation, Owner
     from aiordt._wire import Message
-    from aiordt.abc import Link, Transport
+    from aiordt.abc import Link
 
 _log = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ class Runtime:
             ctypes.addressof(self._token),
         )
         allow_readers()
-        self.tcp = TcpTransport(self.io, self.registry, num_streams=config.tcp_streams)
-        self._transports: dict[str, Transport] = {"cma": CmaTransport(), "tcp": self.tcp}
+        self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         dropped = Inbox(self.io.loop, self.registry.drop)
         self.markers = _ray.Markers(self.workers, dropped.put)
         self._unsent: list[Header] = []
@@ -113,10 +112,10 @@ class Runtime:
             runtime_id,
             secret=self._read_secret,
             handle=self._handle,
-            accept=self.tcp.accept,
+            accept=self.transports.accept,
             lost=self._lost,
         )
-        self.routes = Routes(self.io, self._network, self._transports, config.transports)
+        self.routes = Routes(self.io, self._network, self.transports, config.transports)
         post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
@@ -159,14 +158,10 @@ class Runtime:
                 if export is not None:
                     warn_if_shared(export)
             return None
-        for transport in self._transports.values():
-            reply = await transport.serve(message, peer_id)
-            if reply is not None:
-                return reply
-        return None
+        return await self.transports.serve(message, peer_id)
 
     def _lost(self, peer_id: bytes) -> None:
-        self.tcp.forget(peer_id)
+        self.transports.forget(peer_id)
         self.routes.forget(peer_id)
 
     def _send_notes(self, headers: list[Header]) -> None:
@@ -347,14 +342,10 @@ class Runtime:
             def prepare() -> list[Landing]:
                 targets = [None] * len(refs) if into is None else into
                 return [
-                    land(ref, self.pool, target, packed=name == "tcp")
-                    for ref, target in zip(refs, targets, strict=True)
+                    land(ref, self.pool, target) for ref, target in zip(refs, targets, strict=True)
                 ]
 
-            if any(ref.meta.stride is not None for ref in refs):
-                landings = await self.workers.run(prepare)  # many runs take long to list
-            else:
-                landings = prepare()
+            landings = prepare()
             parts = [landing.part for landing in landings]
             try:
                 if not link.read_nowait(parts):
@@ -405,8 +396,7 @@ class Runtime:
         async def cleanup() -> None:
             await self._network.aclose()
             await self.routes.aclose()
-            for transport in self._transports.values():
-                await transport.aclose()
+            await self.transports.aclose()
 
         if self.pid == os.getpid():
             self.io.close(cleanup(), timeout)

@@ -17,11 +17,12 @@ import os
 import struct
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 import msgpack
 
 from aiordt._errors import ProtocolViolationError
+from aiordt._layout import Cut
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,7 @@ MAX_FRAME: Final = 2 << 20
 MAX_HANDSHAKE: Final = 1 << 10
 NONCE_NBYTES: Final = 16
 KEY_NBYTES: Final = 16
+_MAX_DIMS: Final = 64  # PyTorch's limit
 HEADER: Final = struct.Struct("!I")
 _MAC_NBYTES: Final = 16
 _SEQUENCE: Final = struct.Struct("!Q")
@@ -57,6 +59,10 @@ class TensorMeta:
         shape: Sizes, in elements.
         stride: Strides in elements; ``None`` when contiguous.
         address: Address of element 0 in the owner; 0 when inline.
+        segment: Number of the owner's shared segment that it is in; 0: in none.
+        device: Where the owner has it; empty: in host memory.
+        offset: Of element 0 from that of the exported tensor, in bytes; ``None``: it is the
+            exported tensor, and no slice of it.
     """
 
     dtype: int
@@ -64,18 +70,31 @@ class TensorMeta:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None
     address: int
+    segment: int = 0
+    device: str = ""
+    offset: int | None = None
 
 
 def pack_meta(meta: TensorMeta) -> bytes:
     """Encode ``meta``: about 20 bytes for a contiguous matrix."""
-    packed: bytes = msgpack.packb((meta.dtype, meta.flags, meta.shape, meta.stride, meta.address))
+    fields: tuple[object, ...] = (meta.dtype, meta.flags, meta.shape, meta.stride, meta.address)
+    if meta.offset is not None:
+        fields += (meta.segment, meta.device, meta.offset)
+    elif meta.device:
+        fields += (meta.segment, meta.device)
+    elif meta.segment:
+        fields += (meta.segment,)
+    packed: bytes = msgpack.packb(fields)
     return packed
 
 
 def unpack_meta(data: bytes) -> TensorMeta:
     """Decode what `pack_meta` made; further fields are ignored."""
-    dtype, flags, shape, stride, address = msgpack.unpackb(data, use_list=False)[:5]
-    return TensorMeta(dtype, flags, shape, stride, address)
+    return TensorMeta(*msgpack.unpackb(data, use_list=False)[:8])
+
+
+#: Key of an export, number of a tensor in it, and which part of that; ``None``: all of it.
+Item: TypeAlias = tuple[bytes, int, "Cut | None"]
 
 
 # --- control messages ----------------------------------------------------------------------
@@ -94,14 +113,14 @@ class Pull(Message):
     """Ask an owner for tensors.
 
     Attributes:
-        items: Pairs of export key and index.
+        items: What of which exports.
         nbytes: Bytes of all of them together, as the asker understands it.
         streams: Ids of open payload streams to send on; empty: in the reply.
     """
 
     code: ClassVar[int] = 1
     schema: ClassVar[tuple[type, ...]] = (list, int, list)
-    items: list[tuple[bytes, int]]
+    items: list[Item]
     nbytes: int
     streams: list[bytes]
 
@@ -148,8 +167,23 @@ class Cancel(Message):
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class TransportMessage(Message):
+    """A request of one transport, or the reply to it, in its own words.
+
+    Attributes:
+        transport: Its name.
+        body: Anything; not to be unpickled.
+    """
+
+    code: ClassVar[int] = 6
+    schema: ClassVar[tuple[type, ...]] = (str, bytes)
+    transport: str
+    body: bytes
+
+
 _MESSAGES: Final[dict[int, type[Message]]] = {
-    cls.code: cls for cls in (Pull, PullReply, Seen, Failure, Cancel)
+    cls.code: cls for cls in (Pull, PullReply, Seen, Failure, Cancel, TransportMessage)
 }
 
 KIND_REQUEST: Final = 0
@@ -166,7 +200,7 @@ def encode(kind: int, number: int, message: Message) -> bytes:
         message: The body.
     """
     body = [getattr(message, field.name) for field in fields(message)]
-    data: bytes = msgpack.packb((VERSION, kind, number, message.code, body, {}))
+    data: bytes = msgpack.packb((VERSION, kind, number, message.code, body, {}), default=_plain)
     return data
 
 
@@ -201,16 +235,59 @@ def _checked_ids(values: list[Any]) -> list[bytes]:
     return values
 
 
-def _checked_items(values: list[Any]) -> list[tuple[bytes, int]]:
-    items = []
+def _plain(value: object) -> object:
+    """A cut as msgpack can pack it."""
+    if not isinstance(value, Cut):
+        raise TypeError(f"{type(value).__name__} does not travel")
+    return value.offset, value.shape, value.stride, value.itemsize, value.dtype
+
+
+def _checked_items(values: list[Any]) -> list[Item]:
+    items: list[Item] = []
     for value in values:
-        if type(value) is not list or len(value) != 2:
-            raise ProtocolViolationError("a list of (key, index) was expected")
-        key, index = value
-        if type(key) is not bytes or type(index) is not int or index < 0:
-            raise ProtocolViolationError("a list of (key, index) was expected")
-        items.append((key, index))
+        if type(value) is not list or len(value) != 3:
+            raise ProtocolViolationError("a list of (key, index, cut) was expected")
+        key, index, cut = value
+        if type(key) is not bytes or not _is_size(index):
+            raise ProtocolViolationError("a list of (key, index, cut) was expected")
+        items.append((key, index, None if cut is None else _checked_cut(cut)))
     return items
+
+
+def _checked_cut(value: Any) -> Cut:  # noqa: ANN401
+    if type(value) is list and len(value) >= 5:
+        offset, shape, stride, itemsize, dtype = value[:5]
+        if (
+            _is_size(offset)
+            and type(shape) is list
+            and type(stride) is list
+            and len(shape) == len(stride) <= _MAX_DIMS
+            and all(map(_is_size, [*shape, *stride, itemsize]))
+            and itemsize
+            and all(step or size <= 1 for size, step in zip(shape, stride, strict=True))
+            and (dtype is None or _is_size(dtype))
+        ):
+            return Cut(offset, tuple(shape), tuple(stride), itemsize, dtype)
+    raise ProtocolViolationError("a malformed cut of a tensor")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def pack_items(items: Sequence[Item]) -> bytes:
+    """Encode items for a `TransportMessage`."""
+    data: bytes = msgpack.packb(items, default=_plain)
+    return data
+
+
+def unpack_items(data: bytes) -> list[Item]:
+    """Decode and check what `pack_items` made.
+
+    Raises:
+        ProtocolViolationError: It is not that.
+    """
+    return _checked_items(list(_unpack_list(data, 0, "a list of items")))
 
 
 class Sealer:
@@ -355,7 +432,7 @@ def _unpack_list(data: bytes, num_fields: int, what: str) -> Sequence[Any]:
         raise ProtocolViolationError(f"not {what}: {type(exc).__name__}") from exc
     if type(values) is not list or len(values) < num_fields:
         raise ProtocolViolationError(f"not {what}")
-    return values[:num_fields]
+    return values[:num_fields] if num_fields else values
 
 
 def proof(secret: bytes, role: bytes, hello: Hello, server_nonce: bytes) -> bytes:

@@ -16,25 +16,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+import numpy as np
 from typing_extensions import override
 
+from aiordt._layout import Cut
+from aiordt._wire import TransportMessage
+
 if TYPE_CHECKING:
+    import asyncio
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
     from typing import Self
 
-    import numpy as np
+    import torch
 
-    from aiordt._wire import Message
+    from aiordt._config import Config
+    from aiordt._wire import Item, Message
 
 __all__ = [
     "AsyncResource",
     "Availability",
+    "Context",
+    "Cut",
     "Event",
+    "Io",
     "Link",
     "Part",
     "Peer",
@@ -42,15 +51,25 @@ __all__ = [
     "Served",
     "Source",
     "Transport",
+    "TransportMessage",
 ]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Availability:
-    """Whether something can be used in this process, and if not, why."""
+    """Whether something can be used in this process, and if not, why.
+
+    Attributes:
+        usable: Whether it can.
+        reason: Why not, and what to do; or why it is used only on demand.
+        on_demand: It can be used, but is never chosen unless somebody asks for it by name.
+    """
 
     usable: bool
     reason: str = ""
+    on_demand: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +104,13 @@ class Part:
     Attributes:
         key: Key of the export.
         index: Which tensor of the export.
-        address: Address of its element 0 in the owner.
+        address: Address of the first byte to read, in the owner.
         target: Address of ``nbytes`` writable bytes here.
-        nbytes: Bytes to move.
-        run_nbytes: The source is runs of this many contiguous bytes ...
-        offsets: ... at these offsets from ``address``, in bytes; ``None``: one run at 0.
+        nbytes: Bytes that arrive.
+        cut: Which elements of the exported tensor; ``None``: all, and it is contiguous.
+        segment: Number of the owner's shared segment that the tensor is in; 0: in none.
+        device: Where the owner has it, e.g. ``"cuda:0"``.
+        tensor: The tensor that ``target`` is in, for transports that register memory.
     """
 
     key: bytes
@@ -97,8 +118,26 @@ class Part:
     address: int
     target: int
     nbytes: int
-    run_nbytes: int
-    offsets: np.ndarray[tuple[int], np.dtype[np.int64]] | None
+    cut: Cut | None = None
+    segment: int = 0
+    device: str = "cpu"
+    tensor: torch.Tensor | None = None
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the bytes are one run at ``address``."""
+        return self.cut is None or self.cut.contiguous
+
+    def runs(self) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+        """Bytes of each contiguous run to read, and the runs' offsets from ``address``."""
+        if self.cut is None:
+            return self.nbytes, np.zeros(1, dtype=np.int64)
+        return self.cut.runs()
+
+    @property
+    def item(self) -> Item:
+        """What to ask the owner for."""
+        return self.key, self.index, self.cut
 
 
 class Event(Protocol):
@@ -130,14 +169,20 @@ class Source(ABC):
     """The exports of this process, as a serving transport sees them."""
 
     @abstractmethod
-    def open(
-        self, items: Sequence[tuple[bytes, int]], nbytes: int
-    ) -> AbstractAsyncContextManager[Served]:
-        """Hold tensors for as long as the context is open.
+    def open(self, items: Sequence[Item], nbytes: int) -> AbstractAsyncContextManager[Served]:
+        """Hold tensors, or cuts of them, for as long as the context is open.
 
         Raises:
             TensorFreedError: One of them is not (or no longer) exported.
             UsageError: They are not ``nbytes`` long together.
+        """
+
+    @abstractmethod
+    def exported(self, key: bytes, index: int) -> torch.Tensor:
+        """An exported tensor itself, to be registered with a device of the network.
+
+        Raises:
+            TensorFreedError: It is not (or no longer) exported.
         """
 
 
@@ -211,10 +256,13 @@ class Link(AsyncResource):
         death_fd: A file descriptor that is readable once the other process is gone, valid for
             as long as the link exists; ``None`` if there is none.
         nowait_nbytes: Up to how many bytes `read_nowait` may succeed.
+        packs: Two-sided: the owner lays the bytes of a `Cut` end to end before it sends them,
+            and converts them where the cut says so.
     """
 
     death_fd: int | None = None
     nowait_nbytes: int = 0
+    packs: ClassVar[bool] = False
 
     def read_nowait(self, parts: Sequence[Part]) -> bool:  # noqa: ARG002
         """Read all of ``parts`` at once if that takes only microseconds.
@@ -242,10 +290,49 @@ class Link(AsyncResource):
         """
 
 
+class Io(Protocol):
+    """aiordt's own thread with an event loop, which serves peers whatever users do."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """That loop."""
+        ...
+
+    async def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run ``coroutine`` on that loop, and await it from whatever loop is running.
+
+        A cancellation is passed on, and raised here only when the coroutine has ended there.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a transport is made with.
+
+    Attributes:
+        io: The thread that serves peers.
+        source: What this process exports.
+        config: This process's settings.
+    """
+
+    io: Io
+    source: Source
+    config: Config
+
+
 class Transport(AsyncResource):
-    """One way of moving bytes between processes, both ends."""
+    """One way of moving bytes between processes, both ends.
+
+    Made when first used, with a `Context`, on aiordt's io loop; its module is imported on a
+    worker thread before. Requests of its own travel in a `TransportMessage` with its name.
+    """
 
     name: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, context: Context) -> None:
+        """Make this process's end. Must be quick: what takes longer is done in `connect`."""
 
     @classmethod
     @abstractmethod
@@ -280,3 +367,6 @@ class Transport(AsyncResource):
             Whether this transport takes it.
         """
         return False
+
+    def forget(self, peer_id: bytes) -> None:
+        """A peer is gone: let go of what is kept for it. On the io loop."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from aiordt._memory import in_memory_order, runs
-from aiordt.abc import AsyncResource, Part
+from aiordt._memory import in_memory_order
+from aiordt.abc import AsyncResource, Cut, Part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,13 +50,11 @@ class Exported:
         Args:
             target: Address of `nbytes` writable bytes.
         """
-        nbytes = self.nbytes
-        if self.like.is_contiguous():
-            return Part(self.key, self.index, self.address, target, nbytes, nbytes, None)
-        source = in_memory_order(self.like)
-        run_nbytes, offsets = runs(source.shape, source.stride(), self.like.itemsize)
-        several = offsets if len(offsets) > 1 else None
-        return Part(self.key, self.index, self.address, target, nbytes, run_nbytes, several)
+        cut = None
+        if not self.like.is_contiguous():
+            source = in_memory_order(self.like)
+            cut = Cut(0, tuple(source.shape), source.stride(), self.like.itemsize)
+        return Part(self.key, self.index, self.address, target, self.nbytes, cut)
 
     def bogus(self) -> Exported:
         """The same, but not exported: a key that nobody has, at an address that is not mapped."""

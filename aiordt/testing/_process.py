@@ -24,22 +24,22 @@ import torch
 from typing_extensions import override
 
 from aiordt import _wire
+from aiordt._config import Config
 from aiordt._memory import view_memory
 from aiordt._peer import Network, RemotePeer, listen
 from aiordt._progress import IoThread, Workers, post
 from aiordt._registry import Registry
 from aiordt._types import DTYPE_CODES, DTYPES
-from aiordt.abc import PeerAddress
+from aiordt.abc import Context, PeerAddress
 from aiordt.testing._pair import Exported, Pair
-from aiordt.transports.cma import CmaTransport, allow_readers, host_id
-from aiordt.transports.tcp import TcpTransport
+from aiordt.transports import Transports, names
+from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
-    from aiordt._wire import Message
-    from aiordt.abc import Link, Transport
+    from aiordt.abc import Link
 
 _SECRET: Final = b"a fixed secret for tests only"
 _HOST: Final = "127.0.0.1"
@@ -53,14 +53,14 @@ _PROGRAM: Final = (
 class _Half:
     """All of aiordt that knows no Ray, for one process."""
 
-    def __init__(self, num_streams: int = 2) -> None:
+    def __init__(self, config: Config | None = None) -> None:
         runtime_id = os.urandom(_wire.NONCE_NBYTES)
         self._token = ctypes.create_string_buffer(runtime_id, len(runtime_id))
         self._workers = Workers("testing", 2)
         self.registry = Registry(self._workers)
         self.io = IoThread()
-        self._tcp = TcpTransport(self.io, self.registry, num_streams=num_streams)
-        self.transports: dict[str, Transport] = {"cma": CmaTransport(), "tcp": self._tcp}
+        config = config or Config(transports=names())
+        self.transports = Transports(Context(self.io, self.registry, config), self._workers)
         listener = listen(_HOST)
         self.address = PeerAddress(
             _HOST,
@@ -75,9 +75,9 @@ class _Half:
             listener,
             runtime_id,
             secret=self._secret,
-            handle=self._handle,
-            accept=self._tcp.accept,
-            lost=self._tcp.forget,
+            handle=self.transports.serve,
+            accept=self.transports.accept,
+            lost=self.transports.forget,
         )
         post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
 
@@ -85,20 +85,17 @@ class _Half:
     async def _secret() -> bytes:
         return _SECRET
 
-    async def _handle(self, message: Message, peer_id: bytes) -> Message | None:
-        return await self._tcp.serve(message, peer_id)
-
     async def connect(self, name: str, address: PeerAddress) -> Link:
         """A link to another half."""
-        return await self.transports[name].connect(RemotePeer(address, self._network))
+        transport = await self.transports.get(name)
+        return await transport.connect(RemotePeer(address, self._network))
 
     def close(self) -> None:
         """End everything; blocks for a moment."""
 
         async def cleanup() -> None:
             await self._network.aclose()
-            for transport in self.transports.values():
-                await transport.aclose()
+            await self.transports.aclose()
 
         self.io.close(cleanup(), 5)
         self._workers.close()
@@ -320,4 +317,4 @@ class process_pairs:  # noqa: N801  (used as a function)
         except BaseException:
             half.close()
             raise
-        return _ProcessPair(half, link, process, can_pause=self._transport == "tcp")
+        return _ProcessPair(half, link, process, can_pause=link.packs)

@@ -37,7 +37,7 @@ from aiordt.abc import Availability, Link, Transport
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from aiordt.abc import Part, Peer
+    from aiordt.abc import Context, Part, Peer
 
 #: Up to here a read on the caller's own thread (70 µs) costs about as much as a thread hop.
 INLINE_NBYTES: Final = 1 * MIB
@@ -129,22 +129,22 @@ def _advice(code: int) -> str:
 def _chunks(parts: Sequence[Part]) -> Iterator[_Chunk]:
     """Cut parts into reads of about `CHUNK_NBYTES`, none with more than IOV_MAX pieces."""
     for part in parts:
-        if part.offsets is None:
+        if part.cut is None or part.cut.contiguous:
             for start in range(0, part.nbytes, CHUNK_NBYTES):
                 nbytes = min(CHUNK_NBYTES, part.nbytes - start)
                 yield part.target + start, nbytes, _IOVEC.pack(part.address + start, nbytes)
             continue
-        run = part.run_nbytes
+        run, runs = part.cut.runs()
         if run > CHUNK_NBYTES:
-            for number, offset in enumerate(part.offsets.tolist()):
+            for number, offset in enumerate(runs.tolist()):
                 for start in range(0, run, CHUNK_NBYTES):
                     nbytes = min(CHUNK_NBYTES, run - start)
                     remote = _IOVEC.pack(part.address + offset + start, nbytes)
                     yield part.target + number * run + start, nbytes, remote
             continue
         per_chunk = min(_IOV_MAX, CHUNK_NBYTES // run)
-        for first in range(0, len(part.offsets), per_chunk):
-            offsets = part.offsets[first : first + per_chunk]
+        for first in range(0, len(runs), per_chunk):
+            offsets = runs[first : first + per_chunk]
             pairs = np.empty((len(offsets), 2), dtype=np.uint64)
             pairs[:, 0] = offsets + part.address
             pairs[:, 1] = run
@@ -169,8 +169,10 @@ class CmaLink(Link):
     def read_nowait(self, parts: Sequence[Part]) -> bool:
         if len(parts) == 1:
             (part,) = parts
-            if part.nbytes > INLINE_NBYTES or part.offsets is not None:
+            if part.nbytes > INLINE_NBYTES or not part.contiguous:
                 return False
+            if part.nbytes == 0:
+                return True
             self._check_open()
             self._read_chunk(
                 (part.target, part.nbytes, _IOVEC.pack(part.address, part.nbytes)), part.nbytes
@@ -179,7 +181,7 @@ class CmaLink(Link):
             return True
         if sum(part.nbytes for part in parts) > INLINE_NBYTES or len(parts) > 16:
             return False
-        if any(part.offsets is not None for part in parts):
+        if not all(part.contiguous for part in parts):
             return False
         return all(self.read_nowait([part]) for part in parts)
 
@@ -323,7 +325,8 @@ class CmaTransport(Transport):
 
     name: ClassVar[str] = "cma"
 
-    def __init__(self) -> None:
+    @override
+    def __init__(self, context: Context) -> None:
         self._workers = Workers("cma", NUM_READERS)
         self._host_id = host_id()
 

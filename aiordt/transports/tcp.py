@@ -26,14 +26,13 @@ from aiordt._memory import view_memory
 from aiordt._metrics import phase
 from aiordt._progress import Workers, finish, post
 from aiordt._types import KIB, MIB
-from aiordt._wire import KEY_NBYTES, Message, Pull, PullReply, stripes
+from aiordt._wire import KEY_NBYTES, Item, Message, Pull, PullReply, stripes
 from aiordt.abc import Availability, Link, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aiordt._progress import IoThread
-    from aiordt.abc import Part, Peer, Source
+    from aiordt.abc import Context, Io, Part, Peer
 
 #: Up to here the payload is in the reply: one round trip and no thread.
 REPLY_NBYTES: Final = 64 * KIB
@@ -97,7 +96,9 @@ def _break(*socks: socket.socket) -> None:
 class TcpLink(Link):
     """Pulls from one peer. Made by `TcpTransport.connect`."""
 
-    def __init__(self, peer: Peer, io: IoThread, workers: Workers, num_streams: int) -> None:
+    packs: ClassVar[bool] = True
+
+    def __init__(self, peer: Peer, io: Io, workers: Workers, num_streams: int) -> None:
         self._peer = peer
         self._io = io
         self._workers = workers
@@ -120,7 +121,7 @@ class TcpLink(Link):
         self._check_open()
         nbytes = sum(part.nbytes for part in parts)
         views = [view_memory(part.target, part.nbytes, writable=True) for part in parts]
-        items = [(part.key, part.index) for part in parts]
+        items = [part.item for part in parts]
         try:
             if nbytes <= REPLY_NBYTES:
                 await self._read_reply(items, nbytes, views)
@@ -135,9 +136,7 @@ class TcpLink(Link):
         if self._closed:
             raise ClosedError(f"the link to {self._peer.address} was closed")
 
-    async def _read_reply(
-        self, items: list[tuple[bytes, int]], nbytes: int, views: list[memoryview]
-    ) -> None:
+    async def _read_reply(self, items: list[Item], nbytes: int, views: list[memoryview]) -> None:
         reply = await self._peer.call(Pull(items, nbytes, []))
         if not isinstance(reply, PullReply) or len(reply.payload) != nbytes:
             raise ProtocolViolationError("the owner sent another number of bytes than was asked")
@@ -146,9 +145,7 @@ class TcpLink(Link):
             view[:] = reply.payload[position : position + len(view)]
             position += len(view)
 
-    async def _read_streams(
-        self, items: list[tuple[bytes, int]], nbytes: int, views: list[memoryview]
-    ) -> None:
+    async def _read_streams(self, items: list[Item], nbytes: int, views: list[memoryview]) -> None:
         count = self._num_streams if nbytes >= STRIPED_NBYTES else 1
         streams: list[tuple[bytes, socket.socket]] = []
         works: list[asyncio.Future[None]] = []
@@ -208,10 +205,11 @@ class TcpTransport(Transport):
 
     name: ClassVar[str] = "tcp"
 
-    def __init__(self, io: IoThread, source: Source, *, num_streams: int) -> None:
-        self._io = io
-        self._source = source
-        self._num_streams = num_streams
+    @override
+    def __init__(self, context: Context) -> None:
+        self._io = context.io
+        self._source = context.source
+        self._num_streams = context.config.tcp_streams
         self._receivers = Workers("tcp-receive", _MAX_RECEIVERS)
         self._senders = Workers("tcp-send", _MAX_SENDERS)
         self._accepted: dict[tuple[bytes, bytes], socket.socket] = {}
@@ -311,8 +309,8 @@ class TcpTransport(Transport):
                 if sock not in kept:  # it hung up meanwhile
                     sock.close()
 
+    @override
     def forget(self, peer_id: bytes) -> None:
-        """A peer is gone: close the streams that it opened."""
         for key in [key for key in self._accepted if key[0] == peer_id]:
             self._hung_up(key)
 

@@ -18,19 +18,21 @@ from aiordt._wire import Pull
 from aiordt.abc import Part, Served, Source
 from aiordt.testing import Leaks, at_phase, eventually, process_pairs, record_phases
 from aiordt.testing._process import _Half
+from aiordt.transports.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
+    from aiordt._wire import Item
     from aiordt.abc import Link
 
 
 class Ends:
     """Two halves of a transfer in one process, so that both ends can be looked into."""
 
-    def __init__(self, num_streams: int = 2) -> None:
-        self.owner = _Half(num_streams)
-        self.reader = _Half(num_streams)
+    def __init__(self) -> None:
+        self.owner = _Half()
+        self.reader = _Half()
         self.tensor = torch.arange(12 << 20, dtype=torch.int64).view(torch.uint8)
         export = self.owner.registry.begin([self.tensor], "test")
         self.owner.registry.commit(export, ["lease"])
@@ -41,7 +43,7 @@ class Ends:
         self.link = await self.reader.connect("tcp", self.owner.address)
 
     def part(self, target: torch.Tensor) -> Part:
-        return Part(self.key, 0, 0, target.data_ptr(), target.nbytes, target.nbytes, None)
+        return Part(self.key, 0, 0, target.data_ptr(), target.nbytes)
 
     def export(self, nbytes: int) -> bytes:
         export = self.owner.registry.begin([self.tensor[:nbytes]], "test")
@@ -50,7 +52,7 @@ class Ends:
 
     async def read(self, key: bytes, nbytes: int) -> None:
         target = torch.zeros(nbytes, dtype=torch.uint8)
-        await self.link.read([Part(key, 0, 0, target.data_ptr(), nbytes, nbytes, None)])
+        await self.link.read([Part(key, 0, 0, target.data_ptr(), nbytes)])
         assert torch.equal(target, self.tensor[:nbytes])
 
 
@@ -86,19 +88,23 @@ class Failing(Source):
 
     @override
     @asynccontextmanager
-    async def open(self, items: Sequence[tuple[bytes, int]], nbytes: int) -> AsyncGenerator[Served]:
+    async def open(self, items: Sequence[Item], nbytes: int) -> AsyncGenerator[Served]:
         raise MemoryError("packing failed")
         yield
+
+    @override
+    def exported(self, key: bytes, index: int) -> torch.Tensor:
+        raise AssertionError
 
 
 @pytest.mark.parametrize("nbytes", [100, 100_000])
 async def test_a_failure_over_there_ends_the_read(ends: Ends, nbytes: int) -> None:  # RPC-1
-    ends.owner._tcp._source = Failing()
+    tcp = ends.owner.transports.made["tcp"]
+    assert isinstance(tcp, TcpTransport)
+    tcp._source = Failing()
     target = torch.zeros(nbytes, dtype=torch.uint8)
     with pytest.raises(TransferError):
-        await asyncio.wait_for(
-            ends.link.read([Part(ends.key, 0, 0, target.data_ptr(), nbytes, nbytes, None)]), 5
-        )
+        await asyncio.wait_for(ends.link.read([Part(ends.key, 0, 0, target.data_ptr(), nbytes)]), 5)
 
 
 async def test_streams_are_kept_and_bounded(ends: Ends) -> None:
@@ -128,7 +134,7 @@ async def test_cancelled_at_each_phase(ends: Ends, name: str) -> None:  # CAN-1,
     nbytes = 20 << 20
     key = ends.export(nbytes)
     target = torch.zeros(nbytes, dtype=torch.uint8)
-    part = Part(key, 0, 0, target.data_ptr(), nbytes, nbytes, None)
+    part = Part(key, 0, 0, target.data_ptr(), nbytes)
     task = asyncio.create_task(ends.link.read([part]))
     loop = asyncio.get_running_loop()
     with at_phase(name, lambda: loop.call_soon_threadsafe(task.cancel)) as phases:
@@ -152,7 +158,7 @@ async def test_a_pull_that_names_bad_streams_spoils_no_good_one(ends: Ends) -> N
     name = os.urandom(16)
 
     async def ask(*names: bytes) -> None:
-        pull = Pull([(key, 0)], nbytes, list(names))
+        pull = Pull([(key, 0, None)], nbytes, list(names))
         await asyncio.wait_for(ends.reader.io.run(peer.call(pull)), 5)
 
     sock = await ends.reader.io.run(peer.open_stream(name))
@@ -174,7 +180,7 @@ async def test_only_the_peer_that_opened_a_stream_may_name_it(ends: Ends) -> Non
     )
     other = RemotePeer(ends.owner.address, stranger.reader._network)
     with pytest.raises(ProtocolViolationError):
-        await stranger.reader.io.run(other.call(Pull([(key, 0)], 100_000, [name])))
+        await stranger.reader.io.run(other.call(Pull([(key, 0, None)], 100_000, [name])))
     opened.close()
     stranger.reader.close()
     stranger.owner.close()

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from aiordt import _memory
 from aiordt._landing import Header, land, unpack_inline
-from aiordt._memory import Pool, block_nbytes, dense_stride, runs
+from aiordt._layout import runs
+from aiordt._memory import Pool, block_nbytes, dense_stride
 from aiordt._types import DTYPE_CODES, MIB, Owner
 from aiordt._wire import TensorMeta
 from aiordt.abc import PeerAddress
@@ -249,11 +250,10 @@ def ref_to(tensor: torch.Tensor) -> Ref:
 
 def read_part(part: Part) -> None:
     """What a one-sided transport does: run after run, into the target."""
-    offsets = [0] if part.offsets is None else part.offsets.tolist()
-    assert len(offsets) * part.run_nbytes == part.nbytes
-    for number, offset in enumerate(offsets):
-        target = part.target + number * part.run_nbytes
-        ctypes.memmove(target, part.address + offset, part.run_nbytes)
+    run_nbytes, offsets = part.runs()
+    assert len(offsets) * run_nbytes == part.nbytes
+    for number, offset in enumerate(offsets.tolist()):
+        ctypes.memmove(part.target + number * run_nbytes, part.address + offset, run_nbytes)
 
 
 @QUICK

@@ -113,7 +113,7 @@ async def ends() -> AsyncIterator[Callable[..., End]]:
     await eventually(lambda: num_fds() <= before, what="every file descriptor is closed")
 
 
-PULL = Pull([(b"k" * 16, 0)], 4, [])
+PULL = Pull([(b"k" * 16, 0, None)], 4, [])
 
 
 # --- calls --------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_a_lease_cannot_be_written_to_the_wire() -> None:  # LSE-2
     for message in (
         _wire.PullReply(marker),
         _wire.Seen([marker]),
-        _wire.Pull([(marker, 0)], 1, []),
+        _wire.Pull([(marker, 0, None)], 1, []),
     ):
         with pytest.raises(TypeError, match="ObjectRef"):
             _wire.encode(_wire.KIND_NOTE, 0, message)

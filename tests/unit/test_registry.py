@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from aiordt._errors import InvalidValueError, TensorFreedError, UsageError
+from aiordt._layout import Cut
 from aiordt._memory import storage_range
 from aiordt._progress import Workers
 from aiordt._registry import Export, Registry, check_exportable
@@ -22,6 +23,8 @@ from aiordt.testing import eventually, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from aiordt._wire import Item
 
 
 @pytest.fixture
@@ -389,7 +392,7 @@ def test_seen_is_counted_for_known_exports(registry: Registry, leases: Leases) -
     assert registry.seen(b"unknown", b"peer") is None
 
 
-async def read(registry: Registry, items: Sequence[tuple[bytes, int]], nbytes: int) -> bytes:
+async def read(registry: Registry, items: Sequence[Item], nbytes: int) -> bytes:
     async with registry.open(items, nbytes) as served:
         await served.ready.wait()
         return b"".join(served.views)
@@ -399,7 +402,8 @@ async def test_open_gives_the_bytes_in_order(registry: Registry, leases: Leases)
     tensor = torch.arange(12, dtype=torch.uint8).reshape(3, 4)
     strided = torch.arange(40, dtype=torch.uint8).reshape(4, 10)[:, 2:5]
     export, _ = leases.export(tensor, tensor.T, strided, torch.empty(0))
-    items = [(export.key, index) for index in (2, 0, 1, 3)]
+    cuts = [Cut(0, (4, 3), (10, 1), 1), None, Cut(0, (3, 4), (4, 1), 1), None]
+    items = [(export.key, index, cut) for index, cut in zip((2, 0, 1, 3), cuts, strict=True)]
     data = await read(registry, items, 12 + 12 + 12)
     assert data[:12] == bytes(strided.contiguous().numpy().tobytes())
     assert data[12:24] == data[24:] == bytes(range(12)), "a transposed one as it lies in memory"
@@ -408,7 +412,7 @@ async def test_open_gives_the_bytes_in_order(registry: Registry, leases: Leases)
 async def test_a_transfer_holds_what_it_serves(registry: Registry, leases: Leases) -> None:
     tensor = torch.zeros(8)  # OWN-1
     export, dropped = leases.export(tensor)
-    async with registry.open([(export.key, 0)], 32):
+    async with registry.open([(export.key, 0, None)], 32):
         registry.drop(dropped)
         assert is_busy(registry, tensor), "OWN-1: lent until the transfer has ended"
         waiter = registry.watch(registry.busy(ranges(tensor)))
@@ -423,7 +427,7 @@ async def test_a_cancelled_transfer_lets_go(registry: Registry, leases: Leases) 
     entered = asyncio.Event()
 
     async def serve() -> None:
-        async with registry.open([(export.key, 0)], 32):
+        async with registry.open([(export.key, 0, None)], 32):
             entered.set()
             await asyncio.Event().wait()
 
@@ -439,10 +443,10 @@ async def test_a_cancelled_transfer_lets_go(registry: Registry, leases: Leases) 
 async def test_open_refuses_what_is_not_exported(registry: Registry, leases: Leases) -> None:
     export, dropped = leases.export(torch.zeros(8))
     with pytest.raises(TensorFreedError):
-        await read(registry, [(export.key, 0), (b"unknown key.....", 0)], 64)
+        await read(registry, [(export.key, 0, None), (b"unknown key.....", 0, None)], 64)
     registry.drop(dropped)
     with pytest.raises(TensorFreedError):
-        await read(registry, [(export.key, 0)], 32)
+        await read(registry, [(export.key, 0, None)], 32)
     assert registry.counts() == (0, 0), "a refused transfer holds nothing"
 
 
@@ -450,7 +454,7 @@ async def test_open_refuses_another_size(registry: Registry, leases: Leases) -> 
     tensor = torch.zeros(8)
     export, dropped = leases.export(tensor)
     with pytest.raises(UsageError, match=r"32 bytes there, not 28.*resized"):
-        await read(registry, [(export.key, 0)], 28)
+        await read(registry, [(export.key, 0, None)], 28)
     registry.drop(dropped)
     assert not is_busy(registry, tensor), "a refused transfer holds nothing"
 
@@ -463,7 +467,7 @@ async def test_open_of_nothing_is_refused_or_empty(registry: Registry) -> None:
 
 async def test_close_during_a_transfer_is_quiet(registry: Registry, leases: Leases) -> None:
     export, _ = leases.export(torch.zeros(8))
-    async with registry.open([(export.key, 0)], 32):
+    async with registry.open([(export.key, 0, None)], 32):
         registry.close()
     assert registry.counts() == (0, 0)
 

@@ -78,11 +78,11 @@ class MemoryLink(Link):
 
     def runs(self, part: Part) -> Iterator[tuple[int, int, int]]:
         """Source, target and size of every run, cut into chunks."""
-        offsets = [0] if part.offsets is None else part.offsets.tolist()
-        for number, offset in enumerate(offsets):
-            for start in range(0, part.run_nbytes, CHUNK):
-                nbytes = min(CHUNK, part.run_nbytes - start)
-                target = part.target + number * part.run_nbytes + start
+        run_nbytes, offsets = part.runs()
+        for number, offset in enumerate(offsets.tolist()):
+            for start in range(0, run_nbytes, CHUNK):
+                nbytes = min(CHUNK, run_nbytes - start)
+                target = part.target + number * run_nbytes + start
                 yield part.address + offset + start, target, nbytes
 
     @override

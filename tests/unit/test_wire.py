@@ -14,16 +14,29 @@ from hypothesis import strategies as st
 
 from aiordt import _wire
 from aiordt._errors import ProtocolViolationError
+from aiordt._layout import Cut
 from aiordt._wire import Challenge, Hello, Sealer, TensorMeta
 
 QUICK = settings(max_examples=100, deadline=None)
 
 IDS = st.binary(min_size=16, max_size=16)
 COUNTS = st.integers(0, 2**63)
+SIZES = st.integers(1, 2**40)
+CUTS = st.lists(st.tuples(SIZES, SIZES), max_size=4).flatmap(
+    lambda dims: st.builds(
+        Cut,
+        SIZES,
+        st.just(tuple(size for size, _ in dims)),
+        st.just(tuple(step for _, step in dims)),
+        SIZES,
+        st.none() | st.integers(0, 99),
+    )
+)
+ITEMS = st.lists(st.tuples(IDS, st.integers(0, 2**31), st.none() | CUTS), max_size=5)
 MESSAGES = st.one_of(
     st.builds(
         _wire.Pull,
-        st.lists(st.tuples(IDS, st.integers(0, 2**31))),
+        ITEMS,
         COUNTS,
         st.lists(IDS, max_size=3),
     ),
@@ -31,6 +44,7 @@ MESSAGES = st.one_of(
     st.builds(_wire.Seen, st.lists(IDS, max_size=5)),
     st.builds(_wire.Failure, st.text(), st.text()),
     st.builds(_wire.Cancel, COUNTS),
+    st.builds(_wire.TransportMessage, st.text(), st.binary(max_size=200)),
 )
 KINDS = st.sampled_from([_wire.KIND_REQUEST, _wire.KIND_REPLY, _wire.KIND_NOTE])
 HELLOS = st.one_of(
@@ -131,11 +145,19 @@ def test_another_version_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        [[[b"k" * 16, 0]], -1, []],  # a negative size
-        [[[b"k" * 16, -1]], 1, []],  # a negative index
-        [[[b"k" * 16, True]], 1, []],  # a bool is no index
-        [[["k" * 16, 0]], 1, []],  # a text is no key
-        [[[b"k" * 16]], 1, []],
+        [[[b"k" * 16, 0, None]], -1, []],  # a negative size
+        [[[b"k" * 16, -1, None]], 1, []],  # a negative index
+        [[[b"k" * 16, True, None]], 1, []],  # a bool is no index
+        [[["k" * 16, 0, None]], 1, []],  # a text is no key
+        [[[b"k" * 16, 0]], 1, []],
+        [[[b"k" * 16, 0, [0, [2], [1], 4]]], 1, []],  # a cut without its dtype
+        [[[b"k" * 16, 0, [-4, [2], [1], 4, None]]], 1, []],  # ... before the tensor
+        [[[b"k" * 16, 0, [0, [2], [], 4, None]]], 1, []],
+        [[[b"k" * 16, 0, [0, [2], [-1], 4, None]]], 1, []],
+        [[[b"k" * 16, 0, [0, [2], [0], 4, None]]], 1, []],  # one element as often as you like
+        [[[b"k" * 16, 0, [0, [2], [1], 0, None]]], 1, []],
+        [[[b"k" * 16, 0, [0, [2], [1], 4, "float32"]]], 1, []],
+        [[[b"k" * 16, 0, [0, [1] * 65, [1] * 65, 4, None]]], 1, []],
         [[], 1, [b"short"]],
         [[], True, []],
         [[], 1],
@@ -299,16 +321,18 @@ def test_a_long_handshake_is_refused_unparsed() -> None:  # WIRE-2
     st.lists(st.integers(0, 2**40), max_size=6),
     st.booleans(),
     st.integers(0, 2**48),
+    st.sampled_from([(), (3,), (0, "cuda:1"), (3, "cuda:0"), (0, "", 0), (3, "", 64)]),
 )
-def test_tensor_meta_round_trips(
+def test_tensor_meta_round_trips(  # noqa: PLR0917  (drawn by hypothesis)
     dtype: int,
     flags: int,
     shape: list[int],
     strided: bool,  # noqa: FBT001  (drawn by hypothesis)
     address: int,
+    rest: tuple[object, ...],
 ) -> None:
     stride = tuple(shape) if strided else None
-    meta = TensorMeta(dtype, flags, tuple(shape), stride, address)
+    meta = TensorMeta(dtype, flags, tuple(shape), stride, address, *rest)  # type: ignore[arg-type]
     assert _wire.unpack_meta(_wire.pack_meta(meta)) == meta
 
 
