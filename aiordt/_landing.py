@@ -112,9 +112,13 @@ def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
 
 def unpack_inline(ref: Pullable, data: bytes) -> torch.Tensor:
     """The tensor of a ref that carries its bytes."""
-    meta = ref.meta
+    return dress(unpack_plain(ref.meta, data), ref)
+
+
+def unpack_plain(meta: TensorMeta, data: bytes) -> torch.Tensor:
+    """A plain tensor of these bytes, which are in the order in which they travel."""
     shape = meta.shape if meta.stride is None else tuple(_order_of(meta).shape)
-    return dress(_from_order(from_raw_bytes(data, shape, dtype_of(meta.dtype)), meta), ref)
+    return _from_order(from_raw_bytes(data, shape, dtype_of(meta.dtype)), meta)
 
 
 @dataclass(slots=True)

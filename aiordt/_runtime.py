@@ -42,6 +42,7 @@ from aiordt._peer import Network, listen
 from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
 from aiordt._registry import Registry, warn_if_shared
 from aiordt._route import Routes
+from aiordt._slices import view_of
 from aiordt._types import MIB
 from aiordt.abc import Context, PeerAddress
 from aiordt.transports import Transports
@@ -202,7 +203,7 @@ class Runtime:
             export, tensor = self.registry.local(ref.header.key, ref.index)
             export.local = True
             warn_if_shared(export)
-            return tensor
+            return view_of(tensor, meta)
         if num_bytes(meta) == 0:
             return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
         return None
