@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from ray import ObjectRef
@@ -13,15 +13,15 @@ from ray import ObjectRef
 from aiordt import _ray
 from aiordt._errors import InvalidTypeError, InvalidValueError
 from aiordt._export import check_transport, is_tensor, same_kind
-from aiordt._landing import describe
+from aiordt._landing import converts, describe
 from aiordt._progress import run_all
 from aiordt._ref import TensorRef
 from aiordt._runtime import current, current_for
-from aiordt._tree import Flat, match
+from aiordt._tree import Flat, match, place
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
 _CONVERT_ON_LOOP_NBYTES: Final = MIB
 
@@ -82,28 +82,47 @@ async def get(
     """
     check_transport(transport)
     target = _checked_device(device)
+    _check_dtype(dtype)
     if into is not None:
         return await _get_into(x, into, transport, device=device, dtype=dtype)
     if isinstance(x, TensorRef):
-        tensor = await current_for(x).pull(x, transport)
+        tensor = await current_for(x).pull(x, transport, dtype=dtype)
         return await _converted(tensor, target, dtype)
-    return await _converted(await _get_tree(x, transport, {}), target, dtype)
+    call = _Call(transport, dtype, {})
+    return await _converted(await _get_tree(x, call, "get(...)"), target, dtype)
 
 
-_Arrivals: TypeAlias = "dict[TensorRef, asyncio.Future[torch.Tensor]]"
+class _Call(NamedTuple):
+    """What the parts of one `get` have in common.
+
+    Attributes:
+        transport: Use this one only.
+        dtype: What will arrive is to be converted to it.
+        arrivals: The tensors that it has or waits for.
+    """
+
+    transport: str | None
+    dtype: torch.dtype | None
+    arrivals: dict[TensorRef, asyncio.Future[torch.Tensor]]
 
 
-async def _get_tree(x: Any, transport: str | None, arrivals: _Arrivals) -> Any:  # noqa: ANN401
-    """`get`, as part of a larger one: ``arrivals`` are the tensors it has or waits for."""
+async def _get_tree(x: Any, call: _Call, root: str) -> Any:  # noqa: ANN401
+    """`get`, as part of a larger one, where ``x`` is in the place that ``root`` says."""
     flat = Flat(x, is_ref, same=_itself)
     if not flat.leaves:
         return x
     if flat.has_tensordicts and "tensordict" not in sys.modules:
         await current().workers.run(lambda: importlib.import_module("tensordict"))
-    return flat.rebuild(await _resolve(flat.leaves, transport, arrivals))
+    return flat.rebuild(await _resolve(flat.leaves, call, lambda ref: place(x, ref, root)))
 
 
-async def _resolve(leaves: Sequence[Any], transport: str | None, arrivals: _Arrivals) -> list[Any]:
+async def _resolve(leaves: Sequence[Any], call: _Call, name: Callable[[Any], str]) -> list[Any]:
+    arrivals = call.arrivals
+    if not arrivals and all(map(_is_tensor_ref, leaves)):  # nothing else to wait for
+        tensors = await current_for(leaves[0]).pull_all(
+            leaves, call.transport, dtype=call.dtype, name=name
+        )
+        return list(tensors)
     loop = asyncio.get_running_loop()
     mine = [leaf for leaf in leaves if isinstance(leaf, TensorRef) and leaf not in arrivals]
     arrivals.update((ref, loop.create_future()) for ref in mine)
@@ -111,7 +130,9 @@ async def _resolve(leaves: Sequence[Any], transport: str | None, arrivals: _Arri
 
     async def pull() -> None:
         try:
-            tensors = await current_for(mine[0]).pull_all(mine, transport)
+            tensors = await current_for(mine[0]).pull_all(
+                mine, call.transport, dtype=call.dtype, name=name
+            )
         except BaseException:
             for ref in mine:
                 arrivals[ref].cancel()  # others in this call that wait for it end with it
@@ -124,7 +145,7 @@ async def _resolve(leaves: Sequence[Any], transport: str | None, arrivals: _Arri
         if isinstance(leaf, TensorRef):
             values[index] = await asyncio.shield(arrivals[leaf])
         else:
-            values[index] = await _get_tree(await _ray.fetch(leaf), transport, arrivals)
+            values[index] = await _get_tree(await _ray.fetch(leaf), call, name(leaf))
 
     jobs = [pull()] if mine else []
     pulled = set(mine)
@@ -169,7 +190,9 @@ async def _get_into(
     for ref, target in zip(flat.leaves, targets, strict=True):
         _check_target(ref, target)
     if flat.leaves:
-        await current_for(flat.leaves[0]).pull_all(flat.leaves, transport, targets)
+        await current_for(flat.leaves[0]).pull_all(
+            flat.leaves, transport, into=targets, name=lambda ref: place(tree, ref, "get(...)")
+        )
     return flat.rebuild(targets)
 
 
@@ -184,6 +207,17 @@ def _check_target(ref: TensorRef, target: torch.Tensor) -> None:
     strides = zip(target.shape, target.stride(), strict=True)
     if any(size > 1 and stride == 0 for size, stride in strides):
         raise InvalidValueError("into= has an expanded tensor, whose elements share memory")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidTypeError(f"dtype must be a torch.dtype, not {type(dtype).__name__}")
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise InvalidValueError(
+            f"dtype={dtype}: only floating-point and complex tensors are converted, to such a dtype"
+        )
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
@@ -209,7 +243,7 @@ async def _converted(
     flat = Flat(value, is_tensor)
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
-        wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        wanted = dtype if dtype is not None and converts(tensor.dtype, dtype) else None
         converted = tensor.detach().to(device=device, dtype=wanted)
         if tensor.requires_grad or type(tensor) is not torch.Tensor:
             return same_kind(converted, tensor)

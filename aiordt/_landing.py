@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import torch
 
-from aiordt import _device, _wire
-from aiordt._errors import InvalidValueError
+from aiordt import _wire
+from aiordt._errors import AiordtError, InvalidValueError
 from aiordt._layout import Cut, first_run
 from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
-from aiordt._types import DTYPES, ITEMSIZES
+from aiordt._types import DTYPE_CODES, DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from aiordt._memory import Pool
     from aiordt._types import Owner
     from aiordt._wire import TensorMeta
@@ -71,6 +75,29 @@ class Pullable(Protocol):
     def released(self) -> bool:
         """Whether it was given up."""
         ...
+
+
+#: Gives the place of a ref in its caller's tree, as the caller would write it; or nothing.
+Name: TypeAlias = Callable[[Pullable], str]
+
+
+@contextmanager
+def naming(ref: Pullable, name: Name | None, count: int = 1) -> Generator[None]:
+    """Say in errors which of the caller's refs they concern.
+
+    Args:
+        ref: It, or the first of several.
+        name: Gives its place.
+        count: How many it is one of.
+    """
+    try:
+        yield
+    except AiordtError as exc:
+        where = "" if name is None else name(ref)
+        if not where:
+            raise
+        more = f" and {count - 1} more" if count > 1 else ""
+        raise exc.said(f"{where}{more}") from exc
 
 
 def dtype_of(code: int) -> torch.dtype:
@@ -141,7 +168,9 @@ class Landing:
     def copy_nbytes(self) -> int:
         """Bytes that `finish` copies; many are copied off the loop."""
         meta = self.ref.meta
-        if self.into is not None or self.tensor.numel() * self.tensor.itemsize < num_bytes(meta):
+        if (self.into is not None and self.into is not self.tensor) or (
+            self.tensor.numel() * ITEMSIZES[meta.dtype] < num_bytes(meta)
+        ):
             return num_bytes(meta)
         return 0
 
@@ -149,7 +178,6 @@ class Landing:
         """What the caller gets, once all bytes have come."""
         tensor = self.tensor
         ref = self.ref
-        _device.layer(tensor.device).wait_on_stream(tensor.device, _device.DONE)
         if ref.meta.stride is not None:
             tensor = _from_order(tensor, ref.meta)
         if self.into is not None:
@@ -170,35 +198,49 @@ def prefers_packing(meta: TensorMeta) -> bool:
     return run_nbytes < _SMALL_RUN and num_bytes(meta) > _MANY_RUNS * run_nbytes
 
 
-def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing:
+def land(
+    ref: Pullable,
+    pool: Pool,
+    into: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Landing:
     """Prepare memory for ``ref``: the caller's, where it is laid out as the bytes travel.
 
     Args:
         ref: What is pulled.
         pool: Where other memory comes from.
         into: The caller's tensor.
+        dtype: What the owner is to convert the elements to, if that makes them smaller.
 
     Cost:
         A few µs.
     """
     meta = ref.meta
-    dtype = dtype_of(meta.dtype)
+    here = dtype_of(meta.dtype)
+    itemsize = here.itemsize
+    code = None
+    if dtype is not None and dtype.itemsize < itemsize and converts(here, dtype):
+        here = dtype
+        code = DTYPE_CODES[dtype]
     if meta.stride is None:
         fits = into is not None and into.is_contiguous()
-        tensor = into if fits and into is not None else pool.empty(meta.shape, dtype)
+        tensor = into if fits and into is not None else pool.empty(meta.shape, here)
         numel = tensor.numel()
-        cut = None if meta.offset is None else Cut(meta.offset, (numel,), (1,), dtype.itemsize)
+        whole = meta.offset is None and code is None
+        cut = None if whole else Cut(meta.offset or 0, (numel,), (1,), itemsize, code)
     else:
         source = _order_of(meta)
-        tensor = pool.empty(tuple(source.shape), dtype)
+        tensor = pool.empty(tuple(source.shape), here)
         numel = tensor.numel()
-        cut = Cut(meta.offset or 0, tuple(source.shape), source.stride(), dtype.itemsize)
+        cut = Cut(meta.offset or 0, tuple(source.shape), source.stride(), itemsize, code)
+    if into is not None and tensor is into and not into.is_inference():
+        torch.autograd.graph.increment_version(into)  # its memory is written behind autograd
     part = Part(
         ref.header.key,
         ref.index,
         meta.address,
         tensor.data_ptr(),
-        numel * dtype.itemsize,
+        numel * here.itemsize,
         cut,
         meta.segment,
         meta.device or "cpu",
@@ -207,10 +249,18 @@ def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing
     return Landing(ref, tensor, part, into)
 
 
+def converts(source: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether ``dtype=`` changes a tensor: floating-point ones and complex ones, each in kind."""
+    if source.is_complex:
+        return wanted.is_complex
+    return source.is_floating_point and wanted.is_floating_point
+
+
 def copy_into(into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Fill the caller's tensor, unless the bytes were received there."""
     if into is not tensor:
-        into.detach().copy_(tensor.detach())
+        with torch.inference_mode(mode=into.is_inference()):  # else it may not be written
+            into.detach().copy_(tensor.detach())
     return into
 
 

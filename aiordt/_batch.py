@@ -1,0 +1,266 @@
+"""Many refs pulled at once: what to read, and the tensors that it becomes.
+
+Refs of one export whose tensors share memory are read once, and arrive sharing memory. No
+other two tensors share any, so that keeping one keeps no other alive.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from aiordt import _device
+from aiordt._landing import Landing, copy_into, dress, dtype_of, land, num_bytes
+from aiordt._layout import Cut, span
+from aiordt._memory import MIN_BLOCK, view_memory
+from aiordt._ties import Extent, Group, contiguous_stride, groups, overlapping, twins
+from aiordt._types import DTYPES, ITEMSIZES
+from aiordt.abc import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aiordt._landing import Pullable
+    from aiordt._memory import Pool
+    from aiordt._wire import TensorMeta
+
+#: What is prepared while other bytes arrive: so much and so many take about 0.5 ms.
+STEP_NBYTES: Final = 8 << 20
+STEP_COUNT: Final = 128
+
+
+class _Shared(NamedTuple):
+    """Memory that several of the tensors will share."""
+
+    group: Group
+    flat: torch.Tensor
+
+
+def extent_of(meta: TensorMeta) -> Extent:
+    """Where a tensor lies at its owner."""
+    stride = contiguous_stride(meta.shape) if meta.stride is None else meta.stride
+    return Extent(meta.address, meta.shape, stride, ITEMSIZES[meta.dtype])
+
+
+def tied(refs: Sequence[Pullable], sizes: Sequence[int]) -> tuple[list[Group], list[list[int]]]:
+    """Which refs share memory, by place: in groups, and as twins without one.
+
+    Args:
+        refs: Refs to tensors of one owner that have an address there, and elements.
+        sizes: Bytes of each.
+
+    Cost:
+        ~0.4 µs a ref where none do.
+    """
+    metas = [ref.meta for ref in refs]
+    spans = [
+        nbytes if meta.stride is None else span(meta.shape, meta.stride, ITEMSIZES[meta.dtype])
+        for meta, nbytes in zip(metas, sizes, strict=True)
+    ]
+    suspects = overlapping([meta.address for meta in metas], spans)
+    exports: dict[bytes, list[tuple[int, Extent]]] = {}
+    for place in suspects:
+        rows = exports.setdefault(refs[place].header.key, [])
+        rows.append((place, extent_of(metas[place])))
+    found: list[Group] = []
+    same: list[list[int]] = []
+    for rows in exports.values():
+        found += groups(rows)
+        grouped = {place for group in found for place in group.members}
+        kinds: dict[int, list[tuple[int, Extent]]] = {}
+        for place, extent in rows:
+            if place not in grouped:
+                kinds.setdefault(metas[place].dtype, []).append((place, extent))
+        for some in kinds.values():
+            same += twins(some)
+    return found, same
+
+
+class Batch:
+    """Tensors that are being received from one owner, in one read or in steps.
+
+    Args:
+        refs: What is pulled: with elements, and not by value.
+        sizes: Bytes of each.
+        into: Where to receive each.
+        dtype: What the owner is to convert them to where that makes them smaller.
+
+    Attributes:
+        refs: As given.
+        sizes: As given.
+        nbytes: Bytes that move.
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[Pullable],
+        sizes: Sequence[int],
+        into: Sequence[torch.Tensor] | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.refs = refs
+        self.sizes = sizes
+        self._into = into
+        self._dtype = dtype
+        self._results: list[torch.Tensor | None] = [None] * len(refs)
+        self._landings: list[tuple[int, Landing]] = []
+        self._shared: list[_Shared] = []
+        self._twins: dict[int, int] = {}
+        self._next = 0
+        found, same = tied(refs, sizes) if len(refs) > 1 else ([], [])
+        if into is not None:
+            # Each has memory of its own; still, what is the same moves once.
+            rows: dict[int, list[tuple[int, Extent]]] = {}
+            for place in sorted(place for group in found for place in group.members):
+                rows.setdefault(refs[place].meta.dtype, []).append(
+                    (place, extent_of(refs[place].meta))
+                )
+            same += [places for some in rows.values() for places in twins(some)]
+            found = []
+        for first, *others in same:
+            self._twins.update(dict.fromkeys(others, first))
+        self._groups = found
+        self._apart = {place for group in found for place in group.members}.union(self._twins)
+        self.nbytes = 0
+
+    @property
+    def landed(self) -> bool:
+        """Whether memory for all of them has been prepared."""
+        return self._next >= len(self.refs) and not self._groups
+
+    def land(self, pool: Pool, *, whole: bool) -> list[Part]:
+        """Prepare memory for the next ones; what to read into it.
+
+        Args:
+            pool: Where memory comes from.
+            whole: For all of them.
+
+        Cost:
+            ~2 µs a tensor.
+        """
+        parts: list[Part] = []
+        nbytes = 0
+        if self._next == 0:
+            for group in self._groups:
+                parts += self._land_shared(group, pool)
+            self._groups = []
+            nbytes = sum(part.nbytes for part in parts)
+        plain = self._into is None and self._dtype is None
+        empty = torch.empty
+        for place in range(self._next, len(self.refs)):
+            if not whole and (nbytes >= STEP_NBYTES or len(parts) >= STEP_COUNT):
+                break
+            self._next = place + 1
+            if place in self._apart:
+                continue
+            ref = self.refs[place]
+            meta = ref.meta
+            if plain and meta.stride is None and meta.offset is None and not meta.flags:
+                dtype = DTYPES[meta.dtype] or dtype_of(meta.dtype)
+                size = self.sizes[place]
+                tensor = (
+                    empty(meta.shape, dtype=dtype)
+                    if size < MIN_BLOCK
+                    else pool.empty(meta.shape, dtype)
+                )
+                self._results[place] = tensor if ref.cls is None else dress(tensor, ref)
+                device = meta.device or "cpu"
+                part = Part(
+                    ref.header.key,
+                    ref.index,
+                    meta.address,
+                    tensor.data_ptr(),
+                    size,
+                    None,
+                    meta.segment,
+                    device,
+                    tensor,
+                )
+            else:
+                into = None if self._into is None else self._into[place]
+                landing = land(ref, pool, into, self._dtype)
+                self._landings.append((place, landing))
+                part = landing.part
+            parts.append(part)
+            nbytes += part.nbytes
+        self.nbytes += nbytes
+        return parts
+
+    def _land_shared(self, group: Group, pool: Pool) -> Iterator[Part]:
+        flat = pool.empty((group.nbytes,), torch.uint8)
+        self._shared.append(_Shared(group, flat))
+        for piece in group.pieces:
+            ref = self.refs[piece.member]
+            meta = ref.meta
+            cut = Cut((meta.offset or 0) + piece.address - meta.address, (piece.nbytes,), (1,), 1)
+            yield Part(
+                ref.header.key,
+                ref.index,
+                piece.address,
+                flat.data_ptr() + piece.address - group.address,
+                piece.nbytes,
+                cut,
+                meta.segment,
+                meta.device or "cpu",
+                flat,
+            )
+
+    @property
+    def copy_nbytes(self) -> int:
+        """Bytes that `finish` copies; many are copied off the loop."""
+        nbytes = sum(landing.copy_nbytes for _, landing in self._landings)
+        if self._into is not None:
+            nbytes += sum(self.sizes[place] for place in self._twins)
+        return nbytes
+
+    def finish(self) -> list[torch.Tensor]:
+        """What the caller gets, in order, once all bytes have come."""
+        results = self._results
+        device = torch.device("cpu")  # where everything is received
+        _device.layer(device).wait_on_stream(device, _device.DONE)
+        for place, landing in self._landings:
+            results[place] = landing.finish()
+        for group, flat in self._shared:
+            for place in group.members:
+                ref = self.refs[place]
+                results[place] = dress(_within(flat, group.address, ref.meta), ref)
+        for place, first in self._twins.items():
+            one = results[first]
+            assert one is not None  # noqa: S101  (a first one is nobody's twin)
+            if self._into is None:
+                results[place] = dress(one.detach(), self.refs[place])
+            else:
+                results[place] = copy_into(self._into[place], one)
+        return [tensor for tensor in results if tensor is not None]
+
+
+def _within(flat: torch.Tensor, address: int, meta: TensorMeta) -> torch.Tensor:
+    """The tensor at its place in memory that stands for that from ``address`` on."""
+    extent = extent_of(meta)
+    start = (extent.address - address) // extent.itemsize
+    tensor = torch.empty(0, dtype=dtype_of(meta.dtype))
+    return tensor.set_(flat.untyped_storage(), start, extent.shape, extent.stride)
+
+
+def unpack_tied(refs: Sequence[Pullable]) -> dict[int, torch.Tensor]:
+    """Of refs that carry their bytes, those that share memory, sharing it again; by place."""
+    places = [
+        place
+        for place, ref in enumerate(refs)
+        if ref.inline is not None and ref.meta.address and num_bytes(ref.meta)
+    ]
+    some = [refs[place] for place in places]
+    found: dict[int, torch.Tensor] = {}
+    for group in tied(some, [num_bytes(ref.meta) for ref in some])[0]:
+        flat = torch.empty(group.nbytes, dtype=torch.uint8)
+        filled = view_memory(flat.data_ptr(), group.nbytes, writable=True)
+        for piece in group.pieces:
+            ref = some[piece.member]
+            data = memoryview(ref.inline or b"")[piece.address - ref.meta.address :]
+            at = piece.address - group.address
+            filled[at : at + piece.nbytes] = data[: piece.nbytes]  # dense: they lie as in memory
+        for place in group.members:
+            ref = some[place]
+            found[places[place]] = dress(_within(flat, group.address, ref.meta), ref)
+    return found

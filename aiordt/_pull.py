@@ -1,0 +1,320 @@
+"""Pulling: from refs to tensors, over whatever way leads to their owners."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from aiordt import _device, _ray
+from aiordt._batch import Batch, unpack_tied
+from aiordt._errors import ClosedError, OwnerDiedError, PeerLostError, TensorFreedError
+from aiordt._landing import (
+    Header,
+    Name,
+    Pullable,
+    copy_into,
+    describe,
+    dress,
+    dtype_of,
+    land,
+    naming,
+    num_bytes,
+    prefers_packing,
+    unpack_inline,
+)
+from aiordt._metrics import phase
+from aiordt._progress import finish, run_all
+from aiordt._registry import warn_if_shared
+from aiordt._slices import view_of
+from aiordt._types import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiordt._config import Config
+    from aiordt._memory import Pool
+    from aiordt._metrics import Counters
+    from aiordt._progress import Admission, Inbox, Workers
+    from aiordt._ray import Session
+    from aiordt._registry import Registry
+    from aiordt._route import Routes
+    from aiordt._types import Owner
+    from aiordt.abc import Link, PeerAddress
+
+STALE_REF: Final = "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
+#: How long Ray is given to say whether an unreachable owner is dead.
+_RAY_SECONDS: Final = 1.0
+#: Bytes that awaits may copy on the caller's loop before one of them lets others run.
+_COURTESY_NBYTES: Final = 4 * MIB
+#: Reads of one batch that are under way at once.
+_STEPS_AHEAD: Final = 2
+#: Larger copies are made on a worker thread.
+_COPY_ON_LOOP_NBYTES: Final = MIB
+
+
+class Puller:
+    """The part of a `Runtime` that pulls; the attributes are the runtime's."""
+
+    session: Session
+    config: Config
+    address: PeerAddress
+    closed: bool
+    counters: Counters
+    pool: Pool
+    workers: Workers
+    registry: Registry
+    routes: Routes
+    _admission: Admission
+    _notes: Inbox
+    _ray_questions: Workers
+    _inline_nbytes: int
+
+    def check(self, ref: Pullable, name: Name | None = None) -> None:
+        """Refuse a ref that cannot be pulled any more, or not by this runtime."""
+        if ref.header.session is self.session and not self.closed and not ref.released:
+            return
+        with naming(ref, name):
+            if not ref.released:
+                raise ClosedError(STALE_REF)
+            raise TensorFreedError("this ref was released: release() gave its tensor up")
+
+    def _here(self, ref: Pullable) -> torch.Tensor | None:
+        """The tensor, if its bytes need not be moved."""
+        meta = ref.meta
+        if ref.inline is not None:
+            return unpack_inline(ref, ref.inline)
+        if ref.header.address.runtime_id == self.address.runtime_id:
+            export, tensor = self.registry.local(ref.header.key, ref.index)
+            export.local = True
+            warn_if_shared(export)
+            return view_of(tensor, meta)
+        if num_bytes(meta) == 0:
+            return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
+        return None
+
+    def pull_nowait(self, ref: Pullable, transport: str | None) -> torch.Tensor | None:
+        """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
+        self.check(ref)
+        tensor = self._here(ref)
+        if tensor is not None:
+            self._came_along(ref)
+            return tensor
+        if ref.meta.stride is not None:
+            return None
+        forced = transport or ref.header.transport
+        found = self.routes.known(ref.header.address.runtime_id, forced)
+        if found is None:
+            return None
+        name, link = found
+        nbytes = num_bytes(ref.meta)
+        if self._inline_nbytes + nbytes > _COURTESY_NBYTES:
+            return None  # the slow path gives the loop a turn
+        if nbytes > link.nowait_nbytes:
+            return None
+        landing = land(ref, self.pool)
+        if not link.read_nowait([landing.part]):
+            return None
+        self._inline_nbytes += nbytes
+        self._arrived([ref], name, nbytes)
+        device = landing.tensor.device
+        _device.layer(device).wait_on_stream(device, _device.DONE)
+        return landing.finish()
+
+    async def pull(
+        self, ref: Pullable, transport: str | None = None, *, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Pull one ref."""
+        tensor = self.pull_nowait(ref, transport)
+        if tensor is not None:
+            return tensor
+        return (await self.pull_all([ref], transport, dtype=dtype))[0]
+
+    async def pull_all(
+        self,
+        refs: Sequence[Pullable],
+        transport: str | None = None,
+        *,
+        into: Sequence[torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        name: Name | None = None,
+    ) -> list[torch.Tensor]:
+        """Pull many refs: concurrently from each owner, in one batch from the same.
+
+        Args:
+            refs: What to pull; all are checked before anything moves.
+            transport: Use this one only.
+            into: Tensors to receive into, of the refs' shapes and dtypes.
+            dtype: What the tensors will be converted to: an owner may do it before sending.
+            name: Gives a ref's place in the caller's tree, for errors.
+
+        Returns:
+            The tensors, in order; those of ``into`` if it was given.
+        """
+        for ref in refs:
+            self.check(ref, name)
+        leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
+        self._inline_nbytes = 0
+        await asyncio.sleep(0)
+        results: list[torch.Tensor | None] = [None] * len(refs)
+        sizes = [num_bytes(ref.meta) for ref in refs]
+        by_value: list[int] = []
+        batches: dict[tuple[bytes, str | None], list[int]] = {}
+        for index, ref in enumerate(refs):
+            self.check(ref, name)
+            if ref.inline is not None:
+                by_value.append(index)
+                continue
+            with naming(ref, name):
+                tensor = self._here(ref)
+            if tensor is None:
+                forced = transport or ref.header.transport or self.packed_by(ref)
+                batches.setdefault((ref.header.address.runtime_id, forced), []).append(index)
+            else:
+                results[index] = tensor
+        self._unpack(refs, by_value, results)
+        if into is not None:
+            for index, result in enumerate(results):
+                if result is not None:
+                    results[index] = await self._copied(into[index], result)
+
+        async def pull_batch(forced: str | None, indices: list[int]) -> None:
+            first = refs[indices[0]]
+            with naming(first, name, len(indices)):
+                way, link = await self._found(first.header, forced)
+            for some in self._admissible(sizes, indices):
+                batch = Batch(
+                    [refs[index] for index in some],
+                    [sizes[index] for index in some],
+                    None if into is None else [into[index] for index in some],
+                    dtype if link.packs else None,
+                )
+                with naming(refs[some[0]], name, len(some)):
+                    tensors = await self._pull_batch(batch, way, link)
+                for index, tensor in zip(some, tensors, strict=True):
+                    results[index] = tensor
+
+        if batches:
+            await run_all([pull_batch(forced, indices) for (_, forced), indices in batches.items()])
+        del leases
+        return [tensor for tensor in results if tensor is not None]
+
+    def _unpack(
+        self,
+        refs: Sequence[Pullable],
+        places: list[int],
+        results: list[torch.Tensor | None],
+    ) -> None:
+        """The tensors that travelled inside their refs."""
+        tied = unpack_tied([refs[place] for place in places])
+        for number, place in enumerate(places):
+            ref = refs[place]
+            tensor = tied.get(number)
+            results[place] = unpack_inline(ref, ref.inline or b"") if tensor is None else tensor
+            self._came_along(ref)
+
+    def packed_by(self, ref: Pullable) -> str | None:
+        """The transport for a tensor of tiny pieces: one whose owner packs them first."""
+        wanted = prefers_packing(ref.meta) and "tcp" in self.config.transports
+        return "tcp" if wanted else None
+
+    async def _found(self, header: Header, forced: str | None) -> tuple[str, Link]:
+        try:
+            return await self.routes.find(header.address, header.owner, forced)
+        except OwnerDiedError as exc:
+            raise _died(header.owner, exc) from exc
+        except PeerLostError as exc:
+            if await self._ray_says_gone(header.owner):
+                raise _died(header.owner, exc) from exc
+            raise
+
+    async def _ray_says_gone(self, owner: Owner) -> bool:
+        """Whether an unreachable owner is known to be dead; ``False`` if Ray does not answer."""
+        asked = self._ray_questions.run(lambda: _ray.is_gone(owner))
+        asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+        done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
+        return bool(done) and asked.exception() is None and asked.result()
+
+    def _admissible(self, sizes: list[int], indices: list[int]) -> list[list[int]]:
+        """Cut a batch into some that `max_in_flight_bytes` lets in."""
+        batches: list[list[int]] = [[]]
+        room = self.config.max_in_flight_bytes
+        for index in indices:
+            nbytes = sizes[index]
+            if batches[-1] and nbytes > room:
+                batches.append([])
+                room = self.config.max_in_flight_bytes
+            batches[-1].append(index)
+            room -= nbytes
+        return batches
+
+    async def _pull_batch(self, batch: Batch, name: str, link: Link) -> list[torch.Tensor]:
+        """One batch; the leases are held by the caller's frame until it has ended."""
+        refs, nbytes = batch.refs, sum(batch.sizes)
+        await self._admission.acquire(nbytes)
+        self.counters.started(len(refs))
+        try:
+            phase("pull.admitted")
+            try:
+                await self._read(batch, link)
+            except OwnerDiedError as exc:
+                raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
+            except PeerLostError as exc:
+                owner = refs[0].header.owner
+                if await self._ray_says_gone(owner):
+                    raise _died(owner, exc, describe(refs[0])) from exc
+                raise
+            phase("pull.arrived")
+        finally:
+            self.counters.ended(len(refs))
+            self._admission.release(nbytes)
+        self._arrived(refs, name, batch.nbytes)
+        if batch.copy_nbytes > _COPY_ON_LOOP_NBYTES:
+            return await finish(self.workers.run(batch.finish))  # OWN-1: into the caller's tensors
+        return batch.finish()
+
+    async def _read(self, batch: Batch, link: Link) -> None:
+        """Read a batch; where the link does not mind, in steps, the next prepared meanwhile."""
+        parts = batch.land(self.pool, whole=not link.splits)
+        if batch.landed:
+            if not link.read_nowait(parts):
+                await link.read(parts)
+            return
+        loop = asyncio.get_running_loop()
+        reading: deque[asyncio.Task[None]] = deque()
+        try:
+            while parts:
+                reading.append(loop.create_task(link.read(parts)))
+                await asyncio.sleep(0)  # the loop has its turn, and the read starts
+                parts = batch.land(self.pool, whole=False)
+                while reading and (len(reading) == _STEPS_AHEAD or not parts):
+                    oldest = reading[0]
+                    await finish(oldest, oldest.cancel)
+                    reading.popleft()  # type: ignore[unused-awaitable]
+        finally:
+            for task in reading:
+                task.cancel()
+            if reading:  # OWN-1
+                await finish(asyncio.gather(*reading, return_exceptions=True))
+
+    async def _copied(self, into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.nbytes > _COPY_ON_LOOP_NBYTES:
+            return await finish(self.workers.run(lambda: copy_into(into, tensor)))
+        return copy_into(into, tensor)
+
+    def _came_along(self, ref: Pullable) -> None:
+        if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
+            self.counters.pulled("inline", 1, len(ref.inline))
+
+    def _arrived(self, refs: Sequence[Pullable], name: str, nbytes: int) -> None:
+        self.counters.pulled(name, len(refs), nbytes)
+        for ref in refs:
+            if not ref.header.noted:
+                ref.header.noted = True
+                self._notes.put(ref.header)
+
+
+def _died(owner: Owner, cause: Exception, what: str = "its tensors") -> OwnerDiedError:
+    return OwnerDiedError(f"{owner} died, and {what} with it ({cause})", owner=str(owner))
