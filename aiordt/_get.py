@@ -28,7 +28,7 @@ _CONVERT_ON_LOOP_NBYTES: Final = MIB
 
 def is_ref(value: object) -> bool:
     """Whether ``value`` is something that `get` resolves."""
-    return isinstance(value, TensorRef | ObjectRef)
+    return type(value) is TensorRef or isinstance(value, ObjectRef)
 
 
 def _itself(ref: Hashable) -> Hashable:

@@ -153,28 +153,15 @@ class Puller:
         Returns:
             The tensors, in order; those of ``into`` if it was given.
         """
+        session = self.session
         for ref in refs:
-            self.check(ref, name)
+            if ref.lease is None or ref.header.session is not session or self.closed:
+                self.check(ref, name)
         leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
         self._inline_nbytes = 0
         await asyncio.sleep(0)
-        results: list[torch.Tensor | None] = [None] * len(refs)
         sizes = [num_bytes(ref.meta) for ref in refs]
-        by_value: list[int] = []
-        batches: dict[tuple[bytes, str | None], list[int]] = {}
-        for index, ref in enumerate(refs):
-            self.check(ref, name)
-            if ref.inline is not None:
-                by_value.append(index)
-                continue
-            with naming(ref, name):
-                tensor = self._here(ref)
-            if tensor is None:
-                forced = transport or ref.header.transport or self.packed_by(ref)
-                batches.setdefault((ref.header.address.runtime_id, forced), []).append(index)
-            else:
-                results[index] = tensor
-        self._unpack(refs, by_value, results)
+        results, batches = self._sort(refs, sizes, transport, name)
         if into is not None:
             for index, result in enumerate(results):
                 if result is not None:
@@ -185,14 +172,14 @@ class Puller:
             with naming(first, name, len(indices)):
                 way, link = await self._found(first.header, forced)
             for some in self._admissible(sizes, indices):
-                batch = Batch(
+                parcel = Batch(
                     [refs[index] for index in some],
                     [sizes[index] for index in some],
                     None if into is None else [into[index] for index in some],
                     dtype if link.packs else None,
                 )
                 with naming(refs[some[0]], name, len(some)):
-                    tensors = await self._pull_batch(batch, way, link)
+                    tensors = await self._pull_batch(parcel, way, link)
                 for index, tensor in zip(some, tensors, strict=True):
                     results[index] = tensor
 
@@ -200,6 +187,42 @@ class Puller:
             await run_all([pull_batch(forced, indices) for (_, forced), indices in batches.items()])
         del leases
         return [tensor for tensor in results if tensor is not None]
+
+    def _sort(
+        self,
+        refs: Sequence[Pullable],
+        sizes: Sequence[int],
+        transport: str | None,
+        name: Name | None,
+    ) -> tuple[list[torch.Tensor | None], dict[tuple[bytes, str | None], list[int]]]:
+        """What is here already; and the places of the others by owner and transport."""
+        results: list[torch.Tensor | None] = [None] * len(refs)
+        by_value: list[int] = []
+        batches: dict[tuple[bytes, str | None], list[int]] = {}
+        remote: Header | None = None
+        batch: list[int] = []
+        for index, ref in enumerate(refs):
+            if ref.lease is None or self.closed:
+                self.check(ref, name)
+            if ref.inline is not None:
+                by_value.append(index)
+                continue
+            if ref.header is remote and sizes[index] and ref.meta.stride is None:
+                batch.append(index)  # as the one before
+                continue
+            with naming(ref, name):
+                tensor = self._here(ref)
+            if tensor is None:
+                packed_by = self.packed_by(ref)
+                forced = transport or ref.header.transport or packed_by
+                some = batches.setdefault((ref.header.address.runtime_id, forced), [])
+                some.append(index)
+                if packed_by is None:
+                    remote, batch = ref.header, some
+            else:
+                results[index] = tensor
+        self._unpack(refs, by_value, results)
+        return results, batches
 
     def _unpack(
         self,

@@ -100,9 +100,10 @@ class TensorRef:
     @property
     def meta(self) -> TensorMeta:
         """The tensor's description as it travels (internal)."""
-        if self._meta is None:
-            self._meta = _wire.unpack_meta(self._packed)
-        return self._meta
+        meta = self._meta
+        if meta is None:
+            meta = self._meta = _wire.unpack_meta(self._packed)
+        return meta
 
     @property
     def released(self) -> bool:
