@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from aiordt import _config, _wire
-from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError
+from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError, UsageError
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
 from aiordt._registry import check_exportable
 from aiordt._runtime import current
-from aiordt._tree import Flat
+from aiordt._sharing import clone, ties_of
+from aiordt._tree import Flat, place
 from aiordt._types import DTYPE_CODES, MIB
 
 if TYPE_CHECKING:
@@ -64,13 +65,18 @@ class Exporting:
         self._snapshot = snapshot
         tensors: list[torch.Tensor] = self._flat.leaves
         for tensor in tensors:
-            check_exportable(tensor)
+            try:
+                check_exportable(tensor)
+            except UsageError as exc:
+                where = place(tree, tensor, "the value")
+                raise exc.said(where) if where else exc from None
         self._tensors = [
             tensor.detach().resolve_conj().resolve_neg()
             if tensor.is_conj() or tensor.is_neg()
             else tensor
             for tensor in tensors
         ]
+        self._tied: set[int] = set()  # those by value that share memory
         if tensors:
             self.runtime = current()
             self._inline = self._choose_inline()
@@ -91,12 +97,20 @@ class Exporting:
             return {}
         config = self.runtime.config
         room = config.inline_result_nbytes
-        chosen = {}
-        for index, tensor in enumerate(self._tensors):
-            nbytes = tensor.nbytes
-            if nbytes <= config.inline_nbytes and nbytes <= room:
-                room -= nbytes
-                chosen[index] = raw_bytes(tensor)
+        chosen: dict[int, bytes] = {}
+        units = {place: unit for unit in ties_of(self._tensors).units for place in unit}
+        left: set[int] = set()
+        for index in range(len(self._tensors)):
+            if index in chosen or index in left:
+                continue
+            unit = units.get(index, [index])
+            sizes = [self._tensors[place].nbytes for place in unit]
+            if max(sizes) > config.inline_nbytes or sum(sizes) > room:
+                left.update(unit)  # what is tied travels the same way
+                continue
+            room -= sum(sizes)
+            chosen.update((place, raw_bytes(self._tensors[place])) for place in unit)
+            self._tied.update(unit if len(unit) > 1 else ())
         return chosen
 
     @property
@@ -113,15 +127,9 @@ class Exporting:
 
     def clone(self) -> None:
         """Make the copies; for many bytes, call it off the loop."""
-        for index in self._exported:
-            tensor = self._tensors[index]
-            copy = (
-                self.runtime.pool.empty(tensor.shape, tensor.dtype)
-                if (tensor.is_contiguous())
-                else torch.empty_like(tensor)
-            )
-            copy.copy_(tensor.detach())
-            self._tensors[index] = same_kind(copy, tensor)
+        copies = clone(self.originals, self.runtime.pool)
+        for index, copy in zip(self._exported, copies, strict=True):
+            self._tensors[index] = same_kind(copy, self._tensors[index])
 
     def begin(self) -> int:
         """Hold what is to be exported.
@@ -158,7 +166,8 @@ class Exporting:
             number = numbers.get(position)
             index = len(self._exported) + position if number is None else number
             lease_or_none = None if number is None else leases[number]
-            packed, cls = _describe(tensor, inline=number is None)
+            addressed = number is not None or position in self._tied
+            packed, cls = _describe(tensor, addressed=addressed)
             inline = self._inline.get(position)
             refs.append(TensorRef(header, index, packed, lease_or_none, inline, cls))
         return self._flat.rebuild(refs)
@@ -177,7 +186,7 @@ def same_kind(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return copy.requires_grad_(original.requires_grad)
 
 
-def _describe(tensor: torch.Tensor, *, inline: bool) -> tuple[bytes, type[torch.Tensor] | None]:
+def _describe(tensor: torch.Tensor, *, addressed: bool) -> tuple[bytes, type[torch.Tensor] | None]:
     flags = _wire.FLAG_REQUIRES_GRAD if tensor.requires_grad else 0
     cls: type[torch.Tensor] | None = type(tensor)
     if cls is torch.nn.Parameter:
@@ -190,7 +199,7 @@ def _describe(tensor: torch.Tensor, *, inline: bool) -> tuple[bytes, type[torch.
         flags,
         tuple(tensor.shape),
         None if contiguous else tensor.stride(),
-        0 if inline else tensor.data_ptr(),
+        tensor.data_ptr() if addressed else 0,
     )
     return _wire.pack_meta(meta), cls
 

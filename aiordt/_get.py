@@ -13,11 +13,12 @@ from ray import ObjectRef
 from aiordt import _ray
 from aiordt._errors import InvalidTypeError, InvalidValueError
 from aiordt._export import check_transport, is_tensor, same_kind
-from aiordt._landing import converts, describe
+from aiordt._into import is_tensor_ref, targets_for
 from aiordt._progress import run_all
 from aiordt._ref import TensorRef
 from aiordt._runtime import current, current_for
-from aiordt._tree import Flat, match, place
+from aiordt._sharing import convert
+from aiordt._tree import Flat, place
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ def is_ref(value: object) -> bool:
 
 def _itself(ref: Hashable) -> Hashable:
     return ref
-
-
-def _is_tensor_ref(value: object) -> bool:
-    return isinstance(value, TensorRef)
 
 
 async def get(
@@ -57,14 +54,20 @@ async def get(
             ObjectRefs anywhere in the tree are awaited too. The same ref twice arrives as
             one tensor.
         into: Tensors to receive into, in a tree of the same structure; they are what is
-            returned, with their identity. Shapes and dtypes are checked first.
+            returned, with their identity. All are checked before anything moves; when a pull
+            fails after that, they may hold some of the new data. They are filled as under
+            `torch.no_grad`, leaves that require grad included, and autograd notices. Any strides
+            will do, and they may share memory in the way in which the refs' tensors do.
         device: Move what arrives to this device.
-        dtype: Convert what arrives to this dtype (floating-point tensors only).
+        dtype: Convert floating-point tensors to this floating-point dtype, or complex ones to
+            this complex one. Where an owner sends the bytes itself (``tcp``), it converts first
+            if that makes them fewer.
         transport: Use this transport only.
 
     Returns:
         The same tree with tensors in the places of the refs, with the strides that
-        `torch.clone` gives.
+        `torch.clone` gives. Tensors of one result that share memory at their owner move once
+        and share memory here, with the strides that they have there; no others share any.
 
     Raises:
         OwnerDiedError: The process that held a tensor is gone.
@@ -118,7 +121,7 @@ async def _get_tree(x: Any, call: _Call, root: str) -> Any:  # noqa: ANN401
 
 async def _resolve(leaves: Sequence[Any], call: _Call, name: Callable[[Any], str]) -> list[Any]:
     arrivals = call.arrivals
-    if not arrivals and all(map(_is_tensor_ref, leaves)):  # nothing else to wait for
+    if not arrivals and all(map(is_tensor_ref, leaves)):  # nothing else to wait for
         tensors = await current_for(leaves[0]).pull_all(
             leaves, call.transport, dtype=call.dtype, name=name
         )
@@ -180,33 +183,12 @@ async def _get_into(
     if device is not None or dtype is not None:
         raise InvalidValueError("into= says device and dtype already: leave out device= and dtype=")
     tree = await _fetch_objects(x)
-    flat = Flat(tree, _is_tensor_ref, every=True)
-    targets = match(tree, into, _is_tensor_ref)
-    if len(targets) != len(flat.leaves):
-        raise InvalidTypeError(
-            "into= works with refs in dicts, lists, tuples, dataclasses and TensorDicts; some of "
-            "these are inside other objects"
-        )
-    for ref, target in zip(flat.leaves, targets, strict=True):
-        _check_target(ref, target)
+    flat, targets = await targets_for(tree, into)
     if flat.leaves:
         await current_for(flat.leaves[0]).pull_all(
             flat.leaves, transport, into=targets, name=lambda ref: place(tree, ref, "get(...)")
         )
     return flat.rebuild(targets)
-
-
-def _check_target(ref: TensorRef, target: torch.Tensor) -> None:
-    if target.shape != ref.shape or target.dtype != ref.dtype:
-        raise InvalidValueError(
-            f"into= has a tensor {tuple(target.shape)} {target.dtype} where {describe(ref)} "
-            "arrives; shapes and dtypes must be equal"
-        )
-    if target.device.type != "cpu" or target.layout is not torch.strided:
-        raise InvalidValueError(f"into= has a tensor on {target.device}; host memory is needed")
-    strides = zip(target.shape, target.stride(), strict=True)
-    if any(size > 1 and stride == 0 for size, stride in strides):
-        raise InvalidValueError("into= has an expanded tensor, whose elements share memory")
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -242,19 +224,18 @@ async def _converted(
         return value
     flat = Flat(value, is_tensor)
 
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        wanted = dtype if dtype is not None and converts(tensor.dtype, dtype) else None
-        converted = tensor.detach().to(device=device, dtype=wanted)
-        if tensor.requires_grad or type(tensor) is not torch.Tensor:
-            return same_kind(converted, tensor)
-        return converted
+    def converted() -> list[torch.Tensor]:
+        return [
+            same_kind(made, tensor)
+            if tensor.requires_grad or type(tensor) is not torch.Tensor
+            else made
+            for made, tensor in zip(convert(flat.leaves, device, dtype), flat.leaves, strict=True)
+        ]
 
     nbytes = sum(tensor.nbytes for tensor in flat.leaves)
     if nbytes <= _CONVERT_ON_LOOP_NBYTES:
-        return flat.rebuild([convert(tensor) for tensor in flat.leaves])
-    return flat.rebuild(
-        await current().workers.run(lambda: [convert(tensor) for tensor in flat.leaves])
-    )
+        return flat.rebuild(converted())
+    return flat.rebuild(await current().workers.run(converted))
 
 
 def get_blocking(tree: Any) -> Any:  # noqa: ANN401

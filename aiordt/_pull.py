@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
 from aiordt import _device, _ray
-from aiordt._batch import Batch, unpack_tied
+from aiordt._batch import Batch, parcels, tied, unpack_tied
 from aiordt._errors import ClosedError, OwnerDiedError, PeerLostError, TensorFreedError
 from aiordt._landing import (
     Header,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from aiordt._ray import Session
     from aiordt._registry import Registry
     from aiordt._route import Routes
+    from aiordt._sharing import Ties
     from aiordt._types import Owner
     from aiordt.abc import Link, PeerAddress
 
@@ -53,6 +54,22 @@ _COURTESY_NBYTES: Final = 4 * MIB
 _STEPS_AHEAD: Final = 2
 #: Larger copies are made on a worker thread.
 _COPY_ON_LOOP_NBYTES: Final = MIB
+
+
+class _Wanted(NamedTuple):
+    """What one `get` wants of one owner.
+
+    Attributes:
+        places: Where each is in the call.
+        refs: The refs.
+        sizes: Bytes of each.
+        ties: Which of them share memory.
+    """
+
+    places: list[int]
+    refs: list[Pullable]
+    sizes: list[int]
+    ties: Ties
 
 
 class Puller:
@@ -161,30 +178,40 @@ class Puller:
         self._inline_nbytes = 0
         await asyncio.sleep(0)
         sizes = [num_bytes(ref.meta) for ref in refs]
-        results, batches = self._sort(refs, sizes, transport, name)
+        results, owners = self._sort(refs, sizes, transport, name)
         if into is not None:
             for index, result in enumerate(results):
                 if result is not None:
                     results[index] = await self._copied(into[index], result)
 
-        async def pull_batch(forced: str | None, indices: list[int]) -> None:
-            first = refs[indices[0]]
-            with naming(first, name, len(indices)):
-                way, link = await self._found(first.header, forced)
-            for some in self._admissible(sizes, indices):
-                parcel = Batch(
-                    [refs[index] for index in some],
-                    [sizes[index] for index in some],
-                    None if into is None else [into[index] for index in some],
+        async def pull_by(way: str | None, wanted: _Wanted, numbers: list[int]) -> None:
+            first = wanted.refs[numbers[0]]
+            with naming(first, name, len(numbers)):
+                transport, link = await self._found(first.header, way)
+            limit = self.config.max_in_flight_bytes
+            for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
+                batch = Batch(
+                    [wanted.refs[number] for number in some],
+                    [wanted.sizes[number] for number in some],
+                    wanted.ties.among(some),
+                    None if into is None else [into[wanted.places[number]] for number in some],
                     dtype if link.packs else None,
                 )
-                with naming(refs[some[0]], name, len(some)):
-                    tensors = await self._pull_batch(parcel, way, link)
-                for index, tensor in zip(some, tensors, strict=True):
-                    results[index] = tensor
+                with naming(batch.refs[0], name, len(some)):
+                    tensors = await self._pull_batch(batch, transport, link)
+                for number, tensor in zip(some, tensors, strict=True):
+                    results[wanted.places[number]] = tensor
 
-        if batches:
-            await run_all([pull_batch(forced, indices) for (_, forced), indices in batches.items()])
+        jobs = []
+        for (_, forced), places in owners.items():
+            some = [refs[place] for place in places]
+            some_sizes = [sizes[place] for place in places]
+            ties = tied(some, some_sizes, apart=into is not None)
+            wanted = _Wanted(places, some, some_sizes, ties)
+            for way, numbers in self._ways(wanted, forced).items():
+                jobs.append(pull_by(way, wanted, numbers))
+        if jobs:
+            await run_all(jobs)
         del leases
         return [tensor for tensor in results if tensor is not None]
 
@@ -195,34 +222,32 @@ class Puller:
         transport: str | None,
         name: Name | None,
     ) -> tuple[list[torch.Tensor | None], dict[tuple[bytes, str | None], list[int]]]:
-        """What is here already; and the places of the others by owner and transport."""
+        """What is here already; and the places of the others by owner and forced transport."""
         results: list[torch.Tensor | None] = [None] * len(refs)
         by_value: list[int] = []
-        batches: dict[tuple[bytes, str | None], list[int]] = {}
+        owners: dict[tuple[bytes, str | None], list[int]] = {}
         remote: Header | None = None
-        batch: list[int] = []
+        places: list[int] = []
         for index, ref in enumerate(refs):
             if ref.lease is None or self.closed:
                 self.check(ref, name)
             if ref.inline is not None:
                 by_value.append(index)
                 continue
-            if ref.header is remote and sizes[index] and ref.meta.stride is None:
-                batch.append(index)  # as the one before
+            if ref.header is remote and sizes[index]:
+                places.append(index)  # as the one before
                 continue
             with naming(ref, name):
                 tensor = self._here(ref)
             if tensor is None:
-                packed_by = self.packed_by(ref)
-                forced = transport or ref.header.transport or packed_by
-                some = batches.setdefault((ref.header.address.runtime_id, forced), [])
-                some.append(index)
-                if packed_by is None:
-                    remote, batch = ref.header, some
+                remote = ref.header
+                key = (remote.address.runtime_id, transport or remote.transport)
+                places = owners.setdefault(key, [])
+                places.append(index)
             else:
                 results[index] = tensor
         self._unpack(refs, by_value, results)
-        return results, batches
+        return results, owners
 
     def _unpack(
         self,
@@ -243,6 +268,17 @@ class Puller:
         wanted = prefers_packing(ref.meta) and "tcp" in self.config.transports
         return "tcp" if wanted else None
 
+    def _ways(self, wanted: _Wanted, forced: str | None) -> dict[str | None, list[int]]:
+        """Numbers of refs by the transport that they must or should come by."""
+        if forced is not None or all(ref.meta.stride is None for ref in wanted.refs):
+            return {forced: list(range(len(wanted.refs)))}
+        grouped = {number for group in wanted.ties.groups for number in group.members}
+        ways: dict[str | None, list[int]] = {}
+        for number, ref in enumerate(wanted.refs):
+            way = None if number in grouped else self.packed_by(ref)
+            ways.setdefault(way, []).append(number)
+        return ways
+
     async def _found(self, header: Header, forced: str | None) -> tuple[str, Link]:
         try:
             return await self.routes.find(header.address, header.owner, forced)
@@ -259,19 +295,6 @@ class Puller:
         asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
         done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
         return bool(done) and asked.exception() is None and asked.result()
-
-    def _admissible(self, sizes: list[int], indices: list[int]) -> list[list[int]]:
-        """Cut a batch into some that `max_in_flight_bytes` lets in."""
-        batches: list[list[int]] = [[]]
-        room = self.config.max_in_flight_bytes
-        for index in indices:
-            nbytes = sizes[index]
-            if batches[-1] and nbytes > room:
-                batches.append([])
-                room = self.config.max_in_flight_bytes
-            batches[-1].append(index)
-            room -= nbytes
-        return batches
 
     async def _pull_batch(self, batch: Batch, name: str, link: Link) -> list[torch.Tensor]:
         """One batch; the leases are held by the caller's frame until it has ended."""

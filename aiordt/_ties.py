@@ -19,7 +19,7 @@ import numpy as np
 from aiordt._layout import span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 #: Groups begin at a multiple of the largest element's size, so that elements stay aligned.
 _ALIGNMENT: Final = 16
@@ -70,6 +70,15 @@ class Group:
     nbytes: int
     members: list[int]
     pieces: list[Piece]
+
+    def renumbered(self, places: Mapping[int, int]) -> Group:
+        """The same group, where tensors have other places."""
+        return Group(
+            self.address,
+            self.nbytes,
+            [places[member] for member in self.members],
+            [piece._replace(member=places[piece.member]) for piece in self.pieces],
+        )
 
 
 def overlapping(addresses: Sequence[int], spans: Sequence[int]) -> list[int]:

@@ -58,7 +58,8 @@ class TensorMeta:
         flags: ``FLAG_*`` bits.
         shape: Sizes, in elements.
         stride: Strides in elements; ``None`` when contiguous.
-        address: Address of element 0 in the owner; 0 when inline.
+        address: Address of element 0 in the owner; 0 when inline, unless the bytes are shared with
+            another tensor of the export.
         segment: Number of the owner's shared segment that it is in; 0: in none.
         device: Where the owner has it; empty: in host memory.
         offset: Of element 0 from that of the exported tensor, in bytes; ``None``: it is the
