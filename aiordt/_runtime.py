@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from aiordt import _config, _ray, _wire
+from aiordt import _config, _ray, _relay, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -45,9 +45,10 @@ from aiordt._metrics import Counters, phase
 from aiordt._peer import Network, listen, listen_locally
 from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
 from aiordt._registry import Registry, warn_if_shared
+from aiordt._relay import Relay
 from aiordt._route import NOT_SHARED, Routes
 from aiordt._types import MIB
-from aiordt.abc import Context, PeerAddress, SharedLink
+from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
@@ -121,6 +122,14 @@ class Runtime:
             lost=self._lost,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
+        self.relay = Relay(
+            self.address,
+            self.io,
+            routes=self.routes,
+            counters=self.counters,
+            workers=self.workers,
+            limit=config.relay_nbytes if "shm" in config.transports else 0,
+        )
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
@@ -163,9 +172,16 @@ class Runtime:
                 if export is not None:
                     warn_if_shared(export)
             return None
+        if isinstance(message, TransportMessage) and message.transport == _relay.NAME:
+            watched = _relay.watched_key(message)
+            if watched is None:
+                return await self.relay.serve(message, peer_id)
+            await self.registry.wait_gone(watched)
+            return message
         return await self.transports.serve(message, peer_id)
 
     def _lost(self, peer_id: bytes) -> None:
+        self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)
 
@@ -259,7 +275,8 @@ class Runtime:
         if not link.read_nowait([landing.part]):
             return None
         self._inline_nbytes += nbytes
-        self._arrived([ref], name, nbytes)
+        self.counters.pulled(name, 1, nbytes)
+        self._arrived([ref])
         return landing.finish()
 
     async def pull(self, ref: Pullable, transport: str | None = None) -> torch.Tensor:
@@ -402,8 +419,11 @@ class Runtime:
 
             landings = prepare()
             parts = [landing.part for landing in landings]
+            relayed = self.relay.wants(name, parts)
             try:
-                if not link.read_nowait(parts):
+                if relayed:
+                    await self.relay.read(refs[0].header.address, parts, name, link)
+                elif not link.read_nowait(parts):
                     await link.read(parts)
             except OwnerDiedError as exc:
                 raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
@@ -416,7 +436,9 @@ class Runtime:
         finally:
             self.counters.ended(len(refs))
             self._admission.release(nbytes)
-        self._arrived(refs, name, sum(part.nbytes for part in parts))
+        if not relayed:
+            self.counters.pulled(name, len(refs), sum(part.nbytes for part in parts))
+        self._arrived(refs)
         if sum(landing.copy_nbytes for landing in landings) > _COPY_ON_LOOP_NBYTES:
             work = self.workers.run(lambda: [landing.finish() for landing in landings])
             return await finish(work)  # OWN-1: it may write to the caller's tensors
@@ -431,8 +453,7 @@ class Runtime:
         if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
             self.counters.pulled("inline", 1, len(ref.inline))
 
-    def _arrived(self, refs: Sequence[Pullable], name: str, nbytes: int) -> None:
-        self.counters.pulled(name, len(refs), nbytes)
+    def _arrived(self, refs: Sequence[Pullable]) -> None:
         for ref in refs:
             if not ref.header.noted:
                 ref.header.noted = True
@@ -449,6 +470,7 @@ class Runtime:
         self.registry.close()
 
         async def cleanup() -> None:
+            await self.relay.aclose()
             await self._network.aclose()
             await self.routes.aclose()
             await self.transports.aclose()
