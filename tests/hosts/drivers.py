@@ -284,9 +284,6 @@ async def crossing() -> object:
     late = neighbour()
     rounds.append([await late.check.remote(tree, 1)])
     keeping = await asyncio.gather(*(each.keeps.remote() for each in [*consumers, late]))
-    parts = await asyncio.gather(
-        *(each.check.remote({"t": tree["t"]}, 1) for each in consumers[:2])
-    )
     small = await asyncio.gather(*(each.check.remote(strided, 2, "columns") for each in consumers))
     del tree, strided
     for each in [*consumers, late]:
