@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from aiordt import _config, _wire
+from aiordt._arena import arena
 from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError, UsageError
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
 from aiordt._registry import check_exportable
+from aiordt._route import NOT_SHARED
 from aiordt._runtime import current
 from aiordt._sharing import clone, ties_of
 from aiordt._tree import Flat, place
@@ -40,10 +42,9 @@ def check_transport(name: str | None) -> None:
         return
     if not isinstance(name, str):
         raise InvalidTypeError(f"transport must be a str, not {type(name).__name__}")
-    if name not in (*_config.TRANSPORTS, *_config.PLANNED):
-        raise InvalidValueError(
-            f"there is no transport {name!r}; there are {', '.join(_config.TRANSPORTS)}"
-        )
+    known = (*_config.TRANSPORTS, *_config.others())
+    if name not in (*known, *_config.PLANNED):
+        raise InvalidValueError(f"there is no transport {name!r}; there are {', '.join(known)}")
 
 
 def is_tensor(value: object) -> bool:
@@ -94,6 +95,12 @@ class Exporting:
                     reason=available,
                     transport=self._transport,
                 )
+            if self._transport == "shm":
+                for tensor in self._tensors:
+                    if tensor.nbytes and not arena.locate(tensor.data_ptr()):
+                        raise UnavailableError(
+                            f"shm: {NOT_SHARED}", reason=NOT_SHARED, transport="shm"
+                        )
             return {}
         config = self.runtime.config
         room = config.inline_result_nbytes
@@ -131,16 +138,20 @@ class Exporting:
         for index, copy in zip(self._exported, copies, strict=True):
             self._tensors[index] = same_kind(copy, self._tensors[index])
 
-    def begin(self) -> int:
-        """Hold what is to be exported.
+    async def begin(self) -> int:
+        """Hold what is to be exported, once there is room for it.
 
         Returns:
             How many leases it needs.
         """
         if not self._exported:
             return 0
+        registry = self.runtime.registry
         tensors = [self._tensors[index] for index in self._exported]
-        self._export = self.runtime.registry.begin(tensors, self._label)
+        if registry.limited:
+            self._export = await registry.begin_when_room(tensors, self._label)
+        else:
+            self._export = registry.begin(tensors, self._label)
         return len(self._export.groups)
 
     def abandon(self) -> None:
@@ -166,8 +177,8 @@ class Exporting:
             number = numbers.get(position)
             index = len(self._exported) + position if number is None else number
             lease_or_none = None if number is None else leases[number]
-            addressed = number is not None or position in self._tied
-            packed, cls = _describe(tensor, addressed=addressed)
+            tied = position in self._tied
+            packed, cls = _describe(tensor, inline=number is None, tied=tied)
             inline = self._inline.get(position)
             refs.append(TensorRef(header, index, packed, lease_or_none, inline, cls))
         return self._flat.rebuild(refs)
@@ -186,7 +197,9 @@ def same_kind(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return copy.requires_grad_(original.requires_grad)
 
 
-def _describe(tensor: torch.Tensor, *, addressed: bool) -> tuple[bytes, type[torch.Tensor] | None]:
+def _describe(
+    tensor: torch.Tensor, *, inline: bool, tied: bool
+) -> tuple[bytes, type[torch.Tensor] | None]:
     flags = _wire.FLAG_REQUIRES_GRAD if tensor.requires_grad else 0
     cls: type[torch.Tensor] | None = type(tensor)
     if cls is torch.nn.Parameter:
@@ -199,7 +212,8 @@ def _describe(tensor: torch.Tensor, *, addressed: bool) -> tuple[bytes, type[tor
         flags,
         tuple(tensor.shape),
         None if contiguous else tensor.stride(),
-        tensor.data_ptr() if addressed else 0,
+        tensor.data_ptr() if not inline or tied else 0,
+        0 if inline else arena.locate(tensor.data_ptr()),
     )
     return _wire.pack_meta(meta), cls
 
@@ -215,7 +229,7 @@ async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool
         else:
             with exporting.runtime.registry.holding(exporting.originals):  # REG-3
                 await finish(exporting.runtime.workers.run(exporting.clone))
-    count = exporting.begin()
+    count = await exporting.begin()
     try:
         markers = await exporting.runtime.markers.take(count) if count else []
     except BaseException:
@@ -231,7 +245,7 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
         return tree
     if exporting.clones:
         exporting.clone()
-    count = exporting.begin()
+    count = exporting.runtime.io.run_sync(exporting.begin())
     try:
         markers = exporting.runtime.markers.take_blocking(count) if count else []
     except BaseException:

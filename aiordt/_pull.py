@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
 from aiordt import _device, _ray
 from aiordt._batch import Batch, parcels, tied, unpack_tied
-from aiordt._errors import ClosedError, OwnerDiedError, PeerLostError, TensorFreedError
+from aiordt._errors import (
+    ClosedError,
+    OwnerDiedError,
+    PeerLostError,
+    TensorFreedError,
+    UnavailableError,
+)
 from aiordt._landing import (
     Header,
     Name,
@@ -28,6 +35,7 @@ from aiordt._landing import (
 from aiordt._metrics import phase
 from aiordt._progress import finish, run_all
 from aiordt._registry import warn_if_shared
+from aiordt._route import NOT_SHARED
 from aiordt._slices import view_of
 from aiordt._types import MIB
 
@@ -40,10 +48,11 @@ if TYPE_CHECKING:
     from aiordt._progress import Admission, Inbox, Workers
     from aiordt._ray import Session
     from aiordt._registry import Registry
+    from aiordt._relay import Relay
     from aiordt._route import Routes
     from aiordt._sharing import Ties
     from aiordt._types import Owner
-    from aiordt.abc import Link, PeerAddress
+    from aiordt.abc import Link, Part, PeerAddress
 
 STALE_REF: Final = "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
 #: How long Ray is given to say whether an unreachable owner is dead.
@@ -84,6 +93,7 @@ class Puller:
     workers: Workers
     registry: Registry
     routes: Routes
+    relay: Relay
     _admission: Admission
     _notes: Inbox
     _ray_questions: Workers
@@ -98,7 +108,7 @@ class Puller:
                 raise ClosedError(STALE_REF)
             raise TensorFreedError("this ref was released: release() gave its tensor up")
 
-    def _here(self, ref: Pullable) -> torch.Tensor | None:
+    def here(self, ref: Pullable) -> torch.Tensor | None:
         """The tensor, if its bytes need not be moved."""
         meta = ref.meta
         if ref.inline is not None:
@@ -115,14 +125,19 @@ class Puller:
     def pull_nowait(self, ref: Pullable, transport: str | None) -> torch.Tensor | None:
         """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
         self.check(ref)
-        tensor = self._here(ref)
+        tensor = self.here(ref)
         if tensor is not None:
-            self._came_along(ref)
+            self.came_along(ref)
             return tensor
         if ref.meta.stride is not None:
             return None
         forced = transport or ref.header.transport
-        found = self.routes.known(ref.header.address.runtime_id, forced)
+        peer_id = ref.header.address.runtime_id
+        found = None
+        if forced is None and ref.meta.segment and not self.routes.refused(peer_id, "shm"):
+            found = self.routes.known(peer_id, "shm")
+        else:
+            found = self.routes.known(peer_id, forced)
         if found is None:
             return None
         name, link = found
@@ -135,7 +150,8 @@ class Puller:
         if not link.read_nowait([landing.part]):
             return None
         self._inline_nbytes += nbytes
-        self._arrived([ref], name, nbytes)
+        self.counters.pulled(name, 1, nbytes)
+        self._arrived([ref])
         device = landing.tensor.device
         _device.layer(device).wait_on_stream(device, _device.DONE)
         return landing.finish()
@@ -184,10 +200,12 @@ class Puller:
                 if result is not None:
                     results[index] = await self._copied(into[index], result)
 
-        async def pull_by(way: str | None, wanted: _Wanted, numbers: list[int]) -> None:
+        async def pull_by(
+            forced: str | None, suited: str | None, wanted: _Wanted, numbers: list[int]
+        ) -> None:
             first = wanted.refs[numbers[0]]
             with naming(first, name, len(numbers)):
-                transport, link = await self._found(first.header, way)
+                transport, link = await self.found(first.header, forced, suited)
             limit = self.config.max_in_flight_bytes
             for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
                 batch = Batch(
@@ -208,8 +226,8 @@ class Puller:
             some_sizes = [sizes[place] for place in places]
             ties = tied(some, some_sizes, apart=into is not None)
             wanted = _Wanted(places, some, some_sizes, ties)
-            for way, numbers in self._ways(wanted, forced).items():
-                jobs.append(pull_by(way, wanted, numbers))
+            for suited, numbers in self._ways(wanted, forced).items():
+                jobs.append(pull_by(forced, suited, wanted, numbers))
         if jobs:
             await run_all(jobs)
         del leases
@@ -227,6 +245,7 @@ class Puller:
         by_value: list[int] = []
         owners: dict[tuple[bytes, str | None], list[int]] = {}
         remote: Header | None = None
+        forced: str | None = None
         places: list[int] = []
         for index, ref in enumerate(refs):
             if ref.lease is None or self.closed:
@@ -234,14 +253,17 @@ class Puller:
             if ref.inline is not None:
                 by_value.append(index)
                 continue
-            if ref.header is remote and sizes[index]:
+            if ref.header is remote and sizes[index] and forced != "shm":
                 places.append(index)  # as the one before
                 continue
             with naming(ref, name):
-                tensor = self._here(ref)
+                tensor = self.here(ref)
             if tensor is None:
                 remote = ref.header
-                key = (remote.address.runtime_id, transport or remote.transport)
+                forced = transport or remote.transport
+                with naming(ref, name):
+                    self.check_shared(ref, forced)
+                key = (remote.address.runtime_id, forced)
                 places = owners.setdefault(key, [])
                 places.append(index)
             else:
@@ -261,26 +283,48 @@ class Puller:
             ref = refs[place]
             tensor = tied.get(number)
             results[place] = unpack_inline(ref, ref.inline or b"") if tensor is None else tensor
-            self._came_along(ref)
+            self.came_along(ref)
 
-    def packed_by(self, ref: Pullable) -> str | None:
-        """The transport for a tensor of tiny pieces: one whose owner packs them first."""
-        wanted = prefers_packing(ref.meta) and "tcp" in self.config.transports
-        return "tcp" if wanted else None
+    def suited(self, ref: Pullable, *, tied: bool = False) -> str | None:
+        """The transport that suits a tensor better than the way to its owner in general.
+
+        Shared memory if it lies there; for one of tiny pieces, a link whose owner packs them,
+        unless it is ``tied`` to others and moves as a part of them.
+        """
+        allowed = self.config.transports
+        peer_id = ref.header.address.runtime_id
+        if ref.meta.segment and "shm" in allowed and not self.routes.refused(peer_id, "shm"):
+            return "shm"
+        return "tcp" if not tied and prefers_packing(ref.meta) and "tcp" in allowed else None
+
+    @staticmethod
+    def check_shared(ref: Pullable, forced: str | None) -> None:
+        """Refuse a transport through shared memory for a tensor that is not there."""
+        if forced == "shm" and not ref.meta.segment:
+            reason = NOT_SHARED
+            raise UnavailableError(
+                f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
+            )
 
     def _ways(self, wanted: _Wanted, forced: str | None) -> dict[str | None, list[int]]:
-        """Numbers of refs by the transport that they must or should come by."""
-        if forced is not None or all(ref.meta.stride is None for ref in wanted.refs):
-            return {forced: list(range(len(wanted.refs)))}
+        """Numbers of refs by the transport that suits them better than the general way."""
+        metas = [ref.meta for ref in wanted.refs]
+        if forced is not None or all(meta.stride is None and not meta.segment for meta in metas):
+            return {None: list(range(len(metas)))}
         grouped = {number for group in wanted.ties.groups for number in group.members}
         ways: dict[str | None, list[int]] = {}
         for number, ref in enumerate(wanted.refs):
-            way = None if number in grouped else self.packed_by(ref)
-            ways.setdefault(way, []).append(number)
+            ways.setdefault(self.suited(ref, tied=number in grouped), []).append(number)
         return ways
 
-    async def _found(self, header: Header, forced: str | None) -> tuple[str, Link]:
+    async def found(
+        self, header: Header, forced: str | None, suited: str | None
+    ) -> tuple[str, Link]:
+        """The transport to use, and the link to the owner by it."""
         try:
+            if forced is None and suited is not None:
+                with suppress(UnavailableError):  # remembered: it is not tried again
+                    return await self.routes.find(header.address, header.owner, suited)
             return await self.routes.find(header.address, header.owner, forced)
         except OwnerDiedError as exc:
             raise _died(header.owner, exc) from exc
@@ -304,7 +348,7 @@ class Puller:
         try:
             phase("pull.admitted")
             try:
-                await self._read(batch, link)
+                await self._read(batch, name, link)
             except OwnerDiedError as exc:
                 raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
             except PeerLostError as exc:
@@ -316,18 +360,25 @@ class Puller:
         finally:
             self.counters.ended(len(refs))
             self._admission.release(nbytes)
-        self._arrived(refs, name, batch.nbytes)
+        self._arrived(refs)
         if batch.copy_nbytes > _COPY_ON_LOOP_NBYTES:
             return await finish(self.workers.run(batch.finish))  # OWN-1: into the caller's tensors
         return batch.finish()
 
-    async def _read(self, batch: Batch, link: Link) -> None:
+    async def _read(self, batch: Batch, name: str, link: Link) -> None:
         """Read a batch; where the link does not mind, in steps, the next prepared meanwhile."""
         parts = batch.land(self.pool, whole=not link.splits)
+        if self.relay.wants(name, parts):  # counts by itself
+            await self.relay.read(batch.refs[0].header.address, parts, name, link)
+            return
         if batch.landed:
             if not link.read_nowait(parts):
                 await link.read(parts)
-            return
+        else:
+            await self._read_in_steps(batch, parts, link)
+        self.counters.pulled(name, len(batch.refs), batch.nbytes)
+
+    async def _read_in_steps(self, batch: Batch, parts: list[Part], link: Link) -> None:
         loop = asyncio.get_running_loop()
         reading: deque[asyncio.Task[None]] = deque()
         try:
@@ -350,12 +401,11 @@ class Puller:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))
         return copy_into(into, tensor)
 
-    def _came_along(self, ref: Pullable) -> None:
+    def came_along(self, ref: Pullable) -> None:
         if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
             self.counters.pulled("inline", 1, len(ref.inline))
 
-    def _arrived(self, refs: Sequence[Pullable], name: str, nbytes: int) -> None:
-        self.counters.pulled(name, len(refs), nbytes)
+    def _arrived(self, refs: Sequence[Pullable]) -> None:
         for ref in refs:
             if not ref.header.noted:
                 ref.header.noted = True

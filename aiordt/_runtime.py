@@ -13,24 +13,29 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
-from aiordt import _config, _ray, _wire
+
+from aiordt import _config, _ray, _relay, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
     PeerLostError,
 )
+from aiordt._landing import dense_stride_of, dtype_of
+from aiordt._layout import span
 from aiordt._memory import Pool
 from aiordt._metrics import Counters
-from aiordt._peer import Network, listen
+from aiordt._peer import Network, listen, listen_locally
 from aiordt._progress import Admission, Inbox, IoThread, Workers, post
 from aiordt._pull import STALE_REF, Puller
 from aiordt._registry import Registry, warn_if_shared
+from aiordt._relay import Relay
 from aiordt._route import Routes
-from aiordt.abc import Context, PeerAddress
+from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
+    import torch
     from aiordt._config import Config
     from aiordt._landing import Header, Pullable
     from aiordt._ray import Session
@@ -56,7 +61,7 @@ class Runtime(Puller):
         self.pool = Pool(config.pool_nbytes)
         self.workers = Workers("worker", 4)
         self._ray_questions = Workers("ray", 2)  # may block for long when the network is cut
-        self.registry = Registry(self.workers)
+        self.registry = Registry(self.workers, config.max_exported_bytes)
         self.closed = False
         self._admission = Admission(config.max_in_flight_bytes)
         self._owner: Owner | None = None
@@ -83,6 +88,7 @@ class Runtime(Puller):
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
             listener,
+            listen_locally(runtime_id),
             runtime_id,
             secret=self._read_secret,
             handle=self._handle,
@@ -90,7 +96,15 @@ class Runtime(Puller):
             lost=self._lost,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
-        post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
+        self.relay = Relay(
+            self.address,
+            self.io,
+            routes=self.routes,
+            counters=self.counters,
+            workers=self.workers,
+            limit=config.relay_nbytes if "shm" in config.transports else 0,
+        )
+        post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
     @property
@@ -132,9 +146,16 @@ class Runtime(Puller):
                 if export is not None:
                     warn_if_shared(export)
             return None
+        if isinstance(message, TransportMessage) and message.transport == _relay.NAME:
+            watched = _relay.watched_key(message)
+            if watched is None:
+                return await self.relay.serve(message, peer_id)
+            await self.registry.wait_gone(watched)
+            return message
         return await self.transports.serve(message, peer_id)
 
     def _lost(self, peer_id: bytes) -> None:
+        self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)
 
@@ -157,7 +178,26 @@ class Runtime(Puller):
     async def explain(self, ref: Pullable) -> Explanation:
         """See `aiordt.explain`."""
         self.check(ref)
-        return await self.routes.explain(ref, self.address.runtime_id, self.packed_by(ref))
+        return await self.routes.explain(ref, self.address.runtime_id, self.suited(ref))
+
+    # --- looking ---------------------------------------------------------------------------
+
+    async def view(self, ref: Pullable) -> torch.Tensor:
+        """See `aiordt.TensorRef.view`."""
+        self.check(ref)
+        tensor = self.here(ref)
+        if tensor is not None:
+            self.came_along(ref)
+            return tensor.detach()
+        self.check_shared(ref, "shm")
+        meta = ref.meta
+        dtype = dtype_of(meta.dtype)
+        stride = dense_stride_of(meta)
+        nbytes = span(meta.shape, stride, dtype.itemsize)
+        _, link = await self.found(ref.header, "shm", None)
+        assert isinstance(link, SharedLink)  # noqa: S101  (what `shm` is)
+        flat = await link.view(meta.segment, meta.address, nbytes)
+        return flat.view(dtype).as_strided(meta.shape, stride)
 
     # --- the end ---------------------------------------------------------------------------
 
@@ -170,6 +210,7 @@ class Runtime(Puller):
         self.registry.close()
 
         async def cleanup() -> None:
+            await self.relay.aclose()
             await self._network.aclose()
             await self.routes.aclose()
             await self.transports.aclose()
