@@ -13,7 +13,6 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
-
 from aiordt import _config, _ray, _relay, _wire
 from aiordt._errors import (
     AiordtError,
@@ -36,6 +35,7 @@ from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
     import torch
+
     from aiordt._config import Config
     from aiordt._landing import Header, Pullable
     from aiordt._ray import Session
