@@ -183,7 +183,7 @@ class TensorRef:
             index: Integers, slices, ``...`` and ``None``, as for `torch.Tensor`.
 
         Raises:
-            InvalidTypeError: ``index`` would copy (a mask, a list, a tensor).
+            UsageError: ``index`` would copy (a mask, a list, a tensor).
             IndexError: It is out of range.
             TensorFreedError: This ref was released.
 
