@@ -368,7 +368,9 @@ class Puller:
     async def _read(self, batch: Batch, name: str, link: Link) -> None:
         """Read a batch; where the link does not mind, in steps, the next prepared meanwhile."""
         parts = batch.land(self.pool, whole=not link.splits)
-        if self.relay.wants(name, parts):  # counts by itself
+        # A neighbour may read by a link that does not convert.
+        converted = any(part.cut is not None and part.cut.dtype is not None for part in parts)
+        if not converted and self.relay.wants(name, parts):  # counts by itself
             await self.relay.read(batch.refs[0].header.address, parts, name, link)
             return
         if batch.landed:
@@ -383,7 +385,8 @@ class Puller:
         reading: deque[asyncio.Task[None]] = deque()
         try:
             while parts:
-                reading.append(loop.create_task(link.read(parts)))
+                if reading or not link.read_nowait(parts):
+                    reading.append(loop.create_task(link.read(parts)))
                 await asyncio.sleep(0)  # the loop has its turn, and the read starts
                 parts = batch.land(self.pool, whole=False)
                 while reading and (len(reading) == _STEPS_AHEAD or not parts):
