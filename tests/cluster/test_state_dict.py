@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import aiordt
-from tests.support import MIB, arange, eventually
+from tests.support import MIB, arange, eventually, on_phase
 
 MAKERS = ["make_cma", "make_tcp"]
 
@@ -314,3 +315,38 @@ async def test_a_failed_transfer_is_named(spawn: Any) -> None:
         return False
 
     await eventually(gone, what="the owner's death is told, with the keys")
+
+
+@pytest.mark.parametrize("number", [1, 4, 9])
+async def test_a_cancelled_batch_writes_nothing_afterwards(nodes: Any, number: int) -> None:
+    """OWN-1, CAN-1: cancelled in the midst of steps, of which several are under way."""
+    a, b, _ = nodes
+    refs = await a.make_cma.remote(lambda _: [arange(40_000) + i % 7 for i in range(2000)])
+
+    async def check(_: Any, refs: Any) -> Any:
+        targets = [torch.zeros(10_000) for _ in refs]
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(aiordt.get(refs, into=targets))
+        seen = itertools.count(1)
+
+        def strike(name: str) -> None:
+            if name == "cma.chunk" and next(seen) == number:
+                loop.call_soon_threadsafe(task.cancel)
+
+        on_phase(strike)
+        try:
+            await task
+        except asyncio.CancelledError:
+            cancelled = True
+        else:
+            cancelled = False
+        finally:
+            on_phase(None)
+        for target in targets:
+            target.fill_(-1)
+        in_flight = aiordt.stats().in_flight
+        again = await aiordt.get(refs)
+        right = all(bool((tensor[0] == i % 7).item()) for i, tensor in enumerate(again))
+        return cancelled, in_flight, right, all(bool((t == -1).all()) for t in targets)
+
+    assert await b.run.remote(check, refs) == (True, 0, True, True)
