@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 from aiordt import _config, _wire
 from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError
+from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
@@ -45,11 +47,6 @@ def check_transport(name: str | None) -> None:
         )
 
 
-def is_tensor(value: object) -> bool:
-    """Whether ``value`` is what becomes a ref."""
-    return isinstance(value, torch.Tensor)
-
-
 class Exporting:
     """A tree whose tensors become refs, in three steps: plan, lease, refs.
 
@@ -58,11 +55,16 @@ class Exporting:
     """
 
     def __init__(self, tree: object, label: str, *, transport: str | None, snapshot: bool) -> None:
-        self._flat = Flat(tree, is_tensor)
+        self._flat = Flat(tree, is_leaf, inside=is_tensor)  # LEAF-1
         self._label = label
         self._transport = transport
         self._snapshot = snapshot
-        tensors: list[torch.Tensor] = self._flat.leaves
+        leaves = self._flat.leaves
+        self._others: dict[int, object] = {
+            index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)
+        }
+        self._arrays = {i for i, leaf in self._others.items() if isinstance(leaf, np.ndarray)}
+        tensors: list[torch.Tensor] = [*map(as_tensor, leaves)] if self._others else leaves
         for tensor in tensors:
             check_exportable(tensor)
         self._tensors = [
@@ -122,6 +124,9 @@ class Exporting:
             )
             copy.copy_(tensor.detach())
             self._tensors[index] = same_kind(copy, tensor)
+            self._others.pop(index, None)
+            if index in self._arrays:
+                self._others[index] = as_array(copy)
 
     def begin(self) -> int:
         """Hold what is to be exported.
@@ -133,6 +138,12 @@ class Exporting:
             return 0
         tensors = [self._tensors[index] for index in self._exported]
         self._export = self.runtime.registry.begin(tensors, self._label)
+        if self._others:
+            self._export.others = {
+                number: self._others[position]
+                for number, position in enumerate(self._exported)
+                if position in self._others
+            }
         return len(self._export.groups)
 
     def abandon(self) -> None:
@@ -158,7 +169,8 @@ class Exporting:
             number = numbers.get(position)
             index = len(self._exported) + position if number is None else number
             lease_or_none = None if number is None else leases[number]
-            packed, cls = _describe(tensor, inline=number is None)
+            flags = _wire.FLAG_NUMPY if position in self._arrays else 0
+            packed, cls = _describe(tensor, flags, inline=number is None)
             inline = self._inline.get(position)
             refs.append(TensorRef(header, index, packed, lease_or_none, inline, cls))
         return self._flat.rebuild(refs)
@@ -177,8 +189,11 @@ def same_kind(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return copy.requires_grad_(original.requires_grad)
 
 
-def _describe(tensor: torch.Tensor, *, inline: bool) -> tuple[bytes, type[torch.Tensor] | None]:
-    flags = _wire.FLAG_REQUIRES_GRAD if tensor.requires_grad else 0
+def _describe(
+    tensor: torch.Tensor, flags: int, *, inline: bool
+) -> tuple[bytes, type[torch.Tensor] | None]:
+    if tensor.requires_grad:
+        flags |= _wire.FLAG_REQUIRES_GRAD
     cls: type[torch.Tensor] | None = type(tensor)
     if cls is torch.nn.Parameter:
         flags |= _wire.FLAG_PARAMETER
@@ -232,14 +247,17 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
 
 
 async def put(tree: Any, *, transport: str | None = None, snapshot: bool = False) -> Any:  # noqa: ANN401
-    """Turn every tensor in ``tree`` into a `TensorRef`, held by this process.
+    """Turn every tensor and array in ``tree`` into a `TensorRef`, held by this process.
+
+    A numpy array arrives as an array; what else has ``__dlpack__`` arrives as a tensor.
 
     Works in drivers, tasks and actors of any kind. A task worker that exported stays alive
     for as long as somebody holds a ref.
 
     Args:
-        tree: A tensor, or any value with tensors in it: containers are walked, other objects
-            are searched as they would be pickled.
+        tree: A tensor or array, or any value with such in it: containers are walked, other
+            objects are searched for tensors as they would be pickled. Arrays that PyTorch
+            cannot take, and those in objects that are no containers, are left as they are.
         transport: Only this transport may move the tensors; it also turns inlining off.
         snapshot: Export copies, so that later in-place changes are not seen.
 

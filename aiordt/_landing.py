@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
 from aiordt import _device, _wire
 from aiordt._errors import InvalidValueError
 from aiordt._layout import Cut, first_run
+from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
 from aiordt._types import DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
@@ -99,9 +100,11 @@ def describe(ref: Pullable) -> str:
     return f"tensor {tuple(meta.shape)} {str(dtype_of(meta.dtype)).removeprefix('torch.')}"
 
 
-def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
-    """Give a received tensor the class and the ``requires_grad`` of the original."""
+def dress(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
+    """Make a received tensor what the original was: an array, a class, ``requires_grad``."""
     flags = ref.meta.flags
+    if flags & _wire.FLAG_NUMPY:
+        return as_array(tensor)
     requires_grad = bool(flags & _wire.FLAG_REQUIRES_GRAD)
     if flags & _wire.FLAG_PARAMETER:
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
@@ -110,8 +113,8 @@ def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
     return tensor.requires_grad_(True) if requires_grad else tensor  # noqa: FBT003
 
 
-def unpack_inline(ref: Pullable, data: bytes) -> torch.Tensor:
-    """The tensor of a ref that carries its bytes."""
+def unpack_inline(ref: Pullable, data: bytes) -> Any:  # noqa: ANN401
+    """What a ref that carries its bytes stands for."""
     meta = ref.meta
     shape = meta.shape if meta.stride is None else tuple(_order_of(meta).shape)
     return dress(_from_order(from_raw_bytes(data, shape, dtype_of(meta.dtype)), meta), ref)
@@ -141,7 +144,7 @@ class Landing:
             return num_bytes(meta)
         return 0
 
-    def finish(self) -> torch.Tensor:
+    def finish(self) -> Any:  # noqa: ANN401
         """What the caller gets, once all bytes have come."""
         tensor = self.tensor
         ref = self.ref
@@ -203,10 +206,10 @@ def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing
     return Landing(ref, tensor, part, into)
 
 
-def copy_into(into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def copy_into(into: torch.Tensor, arrived: Any) -> torch.Tensor:  # noqa: ANN401
     """Fill the caller's tensor, unless the bytes were received there."""
-    if into is not tensor:
-        into.detach().copy_(tensor.detach())
+    if into is not arrived:
+        into.detach().copy_(as_tensor(arrived).detach())
     return into
 
 

@@ -44,7 +44,7 @@ class Lease:
 
 
 class TensorRef:
-    """A tensor of some process of the cluster; ``await`` it to have it here.
+    """A tensor, or array, of some process of the cluster; ``await`` it to have it here.
 
     Made by `aiordt.method` and `aiordt.put`, never by hand. It may be passed to any actor or
     task, in arguments, nested in them, returned, and sent on; the tensor stays where it is
@@ -142,7 +142,7 @@ class TensorRef:
         self.inline = None
         self.lease = None
 
-    def __await__(self) -> Generator[Any, None, torch.Tensor]:
+    def __await__(self) -> Generator[Any, None, Any]:
         return current_for(self).pull(self).__await__()
 
     @override

@@ -63,6 +63,7 @@ class Export:
         label: Where it was made, for people.
         created: `time.monotonic` when it was made.
         ready: What must have happened on the device before the bytes may be read.
+        others: What this process awaits instead of a tensor: the array that it was made of.
         seen_by: Runtime ids of processes that said they pulled it.
         local: Whether it was awaited in this process.
         warned: Whether the warning about that was given.
@@ -75,6 +76,7 @@ class Export:
     label: str
     created: float
     ready: Event
+    others: dict[int, object] = field(default_factory=dict)
     seen_by: set[bytes] = field(default_factory=set)
     local: bool = False
     warned: bool = False
@@ -186,14 +188,14 @@ class Registry(Source):
 
     def drop(self, leases: Iterable[object]) -> None:
         """These leases are gone, over the whole cluster. Unknown ones are ignored."""
-        dead: list[torch.Tensor | None] = []  # freed outside the lock
+        dead: list[object] = []  # freed outside the lock
         with self._lock:
             for lease in leases:
                 export, group = self._leases.pop(lease, (None, []))
                 if export is None:
                     continue
                 for index in group:
-                    dead.append(export.tensors[index])
+                    dead += (export.tensors[index], export.others.pop(index, None))
                     export.tensors[index] = None
                 if all(tensor is None for tensor in export.tensors):
                     self._exports.pop(export.key, None)

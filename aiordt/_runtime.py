@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -193,8 +193,8 @@ class Runtime:
         if ref.released:
             raise TensorFreedError("this ref was released: release() gave its tensor up")
 
-    def _here(self, ref: Pullable) -> torch.Tensor | None:
-        """The tensor, if its bytes need not be moved."""
+    def _here(self, ref: Pullable) -> Any:  # noqa: ANN401
+        """The tensor, or what it was made of, if its bytes need not be moved."""
         meta = ref.meta
         if ref.inline is not None:
             return unpack_inline(ref, ref.inline)
@@ -202,12 +202,12 @@ class Runtime:
             export, tensor = self.registry.local(ref.header.key, ref.index)
             export.local = True
             warn_if_shared(export)
-            return tensor
+            return export.others.get(ref.index, tensor)
         if num_bytes(meta) == 0:
             return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
         return None
 
-    def pull_nowait(self, ref: Pullable, transport: str | None) -> torch.Tensor | None:
+    def pull_nowait(self, ref: Pullable, transport: str | None) -> Any:  # noqa: ANN401
         """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
         self._check(ref)
         tensor = self._here(ref)
@@ -233,7 +233,7 @@ class Runtime:
         self._arrived([ref], name, nbytes)
         return landing.finish()
 
-    async def pull(self, ref: Pullable, transport: str | None = None) -> torch.Tensor:
+    async def pull(self, ref: Pullable, transport: str | None = None) -> Any:  # noqa: ANN401
         """Pull one ref."""
         tensor = self.pull_nowait(ref, transport)
         if tensor is not None:
@@ -367,8 +367,8 @@ class Runtime:
             return await finish(work)  # OWN-1: it may write to the caller's tensors
         return [landing.finish() for landing in landings]
 
-    async def _copied(self, into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.nbytes > _COPY_ON_LOOP_NBYTES:
+    async def _copied(self, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
+        if into.nbytes > _COPY_ON_LOOP_NBYTES:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))
         return copy_into(into, tensor)
 

@@ -47,6 +47,7 @@ def new_key() -> bytes:
 
 FLAG_REQUIRES_GRAD: Final = 1
 FLAG_PARAMETER: Final = 2
+FLAG_NUMPY: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
