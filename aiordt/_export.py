@@ -96,6 +96,8 @@ class Exporting:
         chosen = {}
         for index, tensor in enumerate(self._tensors):
             nbytes = tensor.nbytes
+            if not tensor.is_cpu:
+                continue  # by value would mean to wait for its device
             if nbytes <= config.inline_nbytes and nbytes <= room:
                 room -= nbytes
                 chosen[index] = raw_bytes(tensor)
@@ -106,17 +108,27 @@ class Exporting:
         """Bytes that are to be copied first, for a snapshot."""
         if not self._snapshot:
             return 0
-        return sum(self._tensors[index].nbytes for index in self._exported)
+        return sum(self._tensors[i].nbytes for i in self._exported if self._tensors[i].is_cpu)
 
     @property
     def originals(self) -> list[torch.Tensor]:
         """What is copied for a snapshot."""
         return [self._tensors[index] for index in self._exported]
 
+    def clone_on_devices(self) -> None:
+        """Queue the copies of what is on devices, on the caller's streams."""
+        for index in self._exported if self._snapshot else ():
+            tensor = self._tensors[index]
+            if not tensor.is_cpu:
+                self._tensors[index] = same_kind(tensor.detach().clone(), tensor)
+                self._others.pop(index, None)
+
     def clone(self) -> None:
-        """Make the copies; for many bytes, call it off the loop."""
+        """Make the copies of what is in host memory; for many bytes, call it off the loop."""
         for index in self._exported:
             tensor = self._tensors[index]
+            if not tensor.is_cpu:
+                continue
             copy = (
                 self.runtime.pool.empty(tensor.shape, tensor.dtype)
                 if (tensor.is_contiguous())
@@ -162,7 +174,8 @@ class Exporting:
                 leases.update(dict.fromkeys(group, lease))
         else:
             key = _wire.new_key()
-        header = make_header(key, self._transport)
+        pending = self._export is not None and not self._export.ready.done()
+        header = make_header(key, self._transport, pending=pending)
         numbers = {position: number for number, position in enumerate(self._exported)}
         refs = []
         for position, tensor in enumerate(self._tensors):
@@ -206,6 +219,7 @@ def _describe(
         tuple(tensor.shape),
         None if contiguous else tensor.stride(),
         0 if inline else tensor.data_ptr(),
+        device="" if tensor.is_cpu else str(tensor.device),
     )
     return _wire.pack_meta(meta), cls
 
@@ -215,6 +229,7 @@ async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool
     exporting = Exporting(tree, label, transport=transport, snapshot=snapshot)
     if exporting.empty:
         return tree
+    exporting.clone_on_devices()
     if nbytes := exporting.clones:
         if nbytes <= _CLONE_ON_LOOP_NBYTES:
             exporting.clone()
@@ -235,6 +250,7 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
     exporting = Exporting(tree, label, transport=transport, snapshot=snapshot)
     if exporting.empty:
         return tree
+    exporting.clone_on_devices()
     if exporting.clones:
         exporting.clone()
     count = exporting.begin()
@@ -265,7 +281,7 @@ async def put(tree: Any, *, transport: str | None = None, snapshot: bool = False
         The same tree with refs in the tensors' places; ``tree`` itself if it has no tensor.
 
     Raises:
-        UsageError: A tensor cannot be exported (sparse, quantized, not in host memory, ...), or
+        UsageError: A tensor cannot be exported (sparse, quantized, on a strange device, ...), or
             there is no such transport. Nothing was exported.
         UnavailableError: The transport cannot be used in this process.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from ray import ObjectRef
 
-from aiordt import _ray
+from aiordt import _device, _ray
 from aiordt._errors import InvalidTypeError, InvalidValueError
 from aiordt._export import check_transport, same_kind
 from aiordt._landing import describe
@@ -198,11 +198,10 @@ def _checked_device(device: torch.device | str | None) -> torch.device | None:
         return None
     try:
         checked = torch.device(device)
-        torch.empty(0, device=checked)
+        return torch.empty(0, device=checked).device  # with its number
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise InvalidValueError(f"device {device!r} cannot be used here: {reason}") from exc
-    return checked
 
 
 async def _converted(
@@ -210,7 +209,7 @@ async def _converted(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> Any:  # noqa: ANN401
-    """Convert the tensors of what arrived; large ones on a worker thread."""
+    """Convert the tensors of what arrived; in host memory, large ones on a worker thread."""
     if device is None and dtype is None:
         return value
     flat = Flat(value, is_leaf, inside=is_tensor)  # LEAF-1
@@ -226,7 +225,23 @@ async def _converted(
             return same_kind(converted, tensor)
         return converted
 
-    nbytes = sum(as_tensor(leaf).nbytes for leaf in flat.leaves)
+    async def moved(leaf: Any) -> Any:  # noqa: ANN401
+        tensor = as_tensor(leaf)
+        wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        plain = tensor.detach()
+        where = device or plain.device
+        if where != plain.device:
+            plain = await _device.move(plain, where, wanted, current().workers)
+        elif wanted is not None:
+            plain = plain.to(wanted)
+        if isinstance(leaf, np.ndarray):
+            return as_array(plain)
+        return same_kind(plain, tensor)
+
+    tensors = [as_tensor(leaf) for leaf in flat.leaves]
+    if "cuda" in {tensor.device.type for tensor in tensors} | {device and device.type}:
+        return flat.rebuild([await moved(leaf) for leaf in flat.leaves])
+    nbytes = sum(tensor.nbytes for tensor in tensors)
     if nbytes <= _CONVERT_ON_LOOP_NBYTES:
         return flat.rebuild([convert(leaf) for leaf in flat.leaves])
     return flat.rebuild(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 
 from aiordt import _device, _wire
-from aiordt._errors import InvalidValueError
+from aiordt._errors import InvalidValueError, UnavailableError
 from aiordt._layout import Cut, first_run
 from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
@@ -16,9 +16,12 @@ from aiordt._types import DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiordt._memory import Pool
     from aiordt._types import Owner
     from aiordt._wire import TensorMeta
+    from aiordt.abc import Link
 
 
 #: Pieces under this many bytes are small ...
@@ -38,6 +41,7 @@ class Header:
         owner: Who that is.
         key: Key of the export.
         transport: The transport that the exporter demanded, if any.
+        pending: Whether a device of the owner may still be making the tensors.
         noted: Whether the owner was told that this process pulled.
     """
 
@@ -47,6 +51,7 @@ class Header:
     owner: Owner
     key: bytes
     transport: str | None
+    pending: bool = False
     noted: bool = False
 
 
@@ -72,6 +77,26 @@ class Pullable(Protocol):
     def released(self) -> bool:
         """Whether it was given up."""
         ...
+
+
+def check_reach(name: str, link: Link, refs: Sequence[Pullable]) -> None:
+    """Refuse a transport that cannot read the memory that a tensor is in.
+
+    Raises:
+        UnavailableError: It can neither read it nor have its owner stage it.
+    """
+    for ref in refs:
+        reason = out_of_reach(link, ref)
+        if reason:
+            raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name)
+
+
+def out_of_reach(link: Link, ref: Pullable) -> str:
+    """Why a link cannot bring a tensor from its owner's device; empty if it can."""
+    device = ref.meta.device
+    if not device or link.packs or torch.device(device).type in link.devices:
+        return ""
+    return f"it does not read the memory of devices, and the tensor is on {device}"
 
 
 def dtype_of(code: int) -> torch.dtype:
@@ -122,19 +147,21 @@ def unpack_inline(ref: Pullable, data: bytes) -> Any:  # noqa: ANN401
 
 @dataclass(slots=True)
 class Landing:
-    """A tensor that is being received.
+    """A tensor that is being received, in host memory.
 
     Attributes:
         ref: The ref that was awaited.
         tensor: What the bytes are written to, in the order in which they travel.
         part: What to read.
         into: The caller's tensor, if it is another than ``tensor``.
+        home: The device that it goes to next, if any.
     """
 
     ref: Pullable
     tensor: torch.Tensor
     part: Part
     into: torch.Tensor | None = None
+    home: torch.device | None = None
 
     @property
     def copy_nbytes(self) -> int:
@@ -148,11 +175,12 @@ class Landing:
         """What the caller gets, once all bytes have come."""
         tensor = self.tensor
         ref = self.ref
-        _device.layer(tensor.device).wait_on_stream(tensor.device, _device.DONE)
         if ref.meta.stride is not None:
             tensor = _from_order(tensor, ref.meta)
         if self.into is not None:
             return copy_into(self.into, tensor)
+        if self.home is not None:
+            return tensor  # dressed when it is there
         return dress(tensor, ref) if ref.meta.flags or ref.cls else tensor
 
 
@@ -203,7 +231,18 @@ def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing
         meta.device or "cpu",
         tensor,
     )
-    return Landing(ref, tensor, part, into)
+    home = _device.home(meta.device) if into is None else None
+    return Landing(ref, tensor, part, into, home)
+
+
+async def hand_over(landings: Sequence[Landing], finished: list[Any]) -> list[Any]:
+    """What each `Landing.finish` gave, on its device, ordered for the caller's stream (DEV-3)."""
+    for index, landing in enumerate(landings):
+        if landing.home is not None:  # pragma: no cover  (needs a GPU)
+            moved = await _device.layer(landing.home).unstage(finished[index], landing.home)
+            finished[index] = dress(moved, landing.ref)
+    _device.wait_on_stream(landings[0].tensor, _device.DONE)
+    return finished
 
 
 def copy_into(into: torch.Tensor, arrived: Any) -> torch.Tensor:  # noqa: ANN401

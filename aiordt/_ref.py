@@ -116,7 +116,7 @@ class TensorRef:
     @property
     def device(self) -> torch.device:
         """The device that it is on at its owner."""
-        return torch.device("cpu")
+        return torch.device(self.meta.device or "cpu")
 
     @property
     def nbytes(self) -> int:
@@ -224,22 +224,28 @@ def _unpack_origin(origin: bytes) -> tuple[PeerAddress, Owner]:
     return address, Owner(node_id, pid, actor_id, name)
 
 
-def _rebuild_header(origin: bytes, key: bytes, transport: str | None) -> Header:
+def _rebuild_header(
+    origin: bytes,
+    key: bytes,
+    transport: str | None,
+    pending: bool = False,  # noqa: FBT001, FBT002  (called by pickle)
+) -> Header:
     """May run on Ray's callback thread or on an actor's loop: no call into Ray, no wait."""
     address, owner = _unpack_origin(origin)
-    return Header(_ray.session_or_none(), origin, address, owner, key, transport)
+    return Header(_ray.session_or_none(), origin, address, owner, key, transport, pending)
 
 
 def _reduce_header(header: Header) -> tuple[object, ...]:
-    return _rebuild_header, (header.origin, header.key, header.transport)
+    args: tuple[object, ...] = (header.origin, header.key, header.transport)
+    return _rebuild_header, (*args, True) if header.pending else args
 
 
-def make_header(key: bytes, transport: str | None) -> Header:
+def make_header(key: bytes, transport: str | None, *, pending: bool = False) -> Header:
     """The header of a result that this process exports."""
     runtime = current()
     address, owner = runtime.address, runtime.owner
     origin = _pack_origin(address, owner)
-    return Header(runtime.session, origin, address, owner, key, transport)
+    return Header(runtime.session, origin, address, owner, key, transport, pending)
 
 
 _ray.register_reducer(TensorRef, _reduce_ref)

@@ -145,7 +145,7 @@ class Registry(Source):
             groups=groups,
             label=label,
             created=time.monotonic(),
-            ready=_device.layer(tensors[0].device).record(tensors[0].device),
+            ready=_device.record(tensors),
         )
         with self._lock:
             self._exports[export.key] = export
@@ -288,6 +288,19 @@ class Registry(Source):
                     found.append(Outstanding(export.label, age, len(held), len(export.seen_by)))
         return sorted(found, key=lambda row: -row.age)
 
+    async def wait_ready(self, keys: Iterable[bytes]) -> None:
+        """Wait until the work that makes these exports has finished on its devices (DEV-1).
+
+        Raises:
+            TensorFreedError: One of them is not exported any more.
+        """
+        for key in keys:
+            with self._lock:
+                export = self._exports.get(key)
+            if export is None:
+                raise TensorFreedError("the owner gave this tensor up while its device made it")
+            await export.ready.wait()
+
     # --- looking up ------------------------------------------------------------------------
 
     def local(self, key: bytes, index: int) -> tuple[Export, torch.Tensor]:
@@ -340,6 +353,9 @@ class Registry(Source):
                 found = [self.local(key, index) for key, index, _ in items]
                 tensors = [tensor for _, tensor in found]
                 stack.enter_context(self.holding(tensors))
+            for export, _ in found:
+                if not export.ready.done():
+                    await export.ready.wait()  # DEV-1
             views = [
                 _cut_out(tensor, cut) for tensor, (_, _, cut) in zip(tensors, items, strict=True)
             ]
@@ -354,19 +370,9 @@ class Registry(Source):
                     f"the owner has {total} bytes there, not {nbytes}: was the tensor resized in "
                     "place after it was exported?"
                 )
-            if not all(
-                view.is_contiguous() and view.dtype is dtype
-                for view, dtype in zip(views, dtypes, strict=True)
-            ):
-                views = await self._workers.run(
-                    lambda: [
-                        view.to(dtype).contiguous()
-                        for view, dtype in zip(views, dtypes, strict=True)
-                    ]
-                )
-            yield Served(
-                [view_memory(view.data_ptr(), view.nbytes) for view in views], found[0][0].ready
-            )
+            views = await _device.stage(views, dtypes, self._workers)
+            pieces = [view_memory(view.data_ptr(), view.nbytes) for view in views]
+            yield Served(pieces, _device.DONE)
 
     def close(self) -> None:
         """Give everything up; waiters are woken and see that the runtime has ended."""
@@ -454,4 +460,5 @@ def check_exportable(tensor: torch.Tensor) -> None:
             f"{type(tensor).__qualname__} wraps other tensors (it defines __torch_dispatch__); "
             "export what it wraps, for a DTensor .to_local()"
         )
-    _device.layer(tensor.device)
+    if not tensor.is_cpu:
+        _device.layer(tensor.device)

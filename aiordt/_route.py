@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from aiordt import _wire
 from aiordt._config import PLANNED
 from aiordt._errors import (
     AuthenticationError,
@@ -14,6 +15,7 @@ from aiordt._errors import (
     PeerLostError,
     UnavailableError,
 )
+from aiordt._landing import out_of_reach
 from aiordt._metrics import phase
 from aiordt._peer import RemotePeer
 from aiordt._progress import post
@@ -23,7 +25,7 @@ from aiordt.transports import names, probe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aiordt._landing import Pullable
+    from aiordt._landing import Header, Pullable
     from aiordt._peer import Network
     from aiordt._progress import IoThread
     from aiordt._types import Owner
@@ -199,6 +201,17 @@ class Routes:
             f"no transport reaches {owner}: {reason}", reason=reason, transport="any"
         )
 
+    async def wait_ready(self, headers: Sequence[Header]) -> None:
+        """Wait until their owner's devices have made the tensors; it is asked once (DEV-1)."""
+        pending = {header.key: header for header in headers if header.pending}
+        if not pending:
+            return
+        phase("pull.pending")
+        (first, *_) = pending.values()
+        await self._io.run(self.peer(first.address).call(_wire.Ready(list(pending))))
+        for header in pending.values():
+            header.pending = False
+
     async def explain(self, ref: Pullable, here: bytes, packed_by: str | None) -> Explanation:
         """See `aiordt.explain`.
 
@@ -229,16 +242,26 @@ class Routes:
             elif forced is not None and name != forced:
                 reasons[name] = f"the exporter demanded {forced}"
             else:
-                try:
-                    await self._link(self._way(ref.header.address), name)
-                except UnavailableError as exc:
-                    reasons[name] = exc.reason
-                    continue
-                except (PeerLostError, AuthenticationError) as exc:
-                    reasons[name] = str(exc)
+                if obstacle := await self._obstacle(ref, name):
+                    reasons[name] = obstacle
                     continue
                 reasons[name] = "usable" if chosen is None else f"usable; {chosen} is preferred"
                 if name == packed_by:
-                    reasons[name] += "; the owner packs this tensor of many small pieces"
+                    device = ref.meta.device
+                    reasons[name] += (
+                        f"; the owner stages it from {device} in host memory"
+                        if device
+                        else "; the owner packs this tensor of many small pieces"
+                    )
                 chosen = chosen or name
         return Explanation(chosen, reasons)
+
+    async def _obstacle(self, ref: Pullable, name: str) -> str:
+        """Why a transport cannot bring a tensor here; empty if it can."""
+        try:
+            link = await self._link(self._way(ref.header.address), name)
+        except UnavailableError as exc:
+            return exc.reason
+        except (PeerLostError, AuthenticationError) as exc:
+            return str(exc)
+        return out_of_reach(link, ref)

@@ -11,11 +11,11 @@ import ctypes
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
-from aiordt import _config, _ray, _wire
+from aiordt import _config, _device, _ray, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -27,10 +27,12 @@ from aiordt._landing import (
     Header,
     Landing,
     Pullable,
+    check_reach,
     copy_into,
     describe,
     dress,
     dtype_of,
+    hand_over,
     land,
     num_bytes,
     prefers_packing,
@@ -48,7 +50,7 @@ from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from aiordt._config import Config
     from aiordt._ray import Session
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from aiordt.abc import Link
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 #: Notes to owners ("I pulled this") are gathered for so long.
 _NOTE_SECONDS: Final = 0.05
@@ -158,6 +162,9 @@ class Runtime:
                 if export is not None:
                     warn_if_shared(export)
             return None
+        if isinstance(message, _wire.Ready):
+            await self.registry.wait_ready(message.keys)
+            return message
         return await self.transports.serve(message, peer_id)
 
     def _lost(self, peer_id: bytes) -> None:
@@ -202,6 +209,8 @@ class Runtime:
             export, tensor = self.registry.local(ref.header.key, ref.index)
             export.local = True
             warn_if_shared(export)
+            if not export.ready.done():
+                _device.wait_on_stream(tensor, export.ready)  # DEV-3
             return export.others.get(ref.index, tensor)
         if num_bytes(meta) == 0:
             return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
@@ -214,7 +223,7 @@ class Runtime:
         if tensor is not None:
             self._came_along(ref)
             return tensor
-        if ref.meta.stride is not None:
+        if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
             return None
         forced = transport or ref.header.transport
         found = self.routes.known(ref.header.address.runtime_id, forced)
@@ -231,6 +240,7 @@ class Runtime:
             return None
         self._inline_nbytes += nbytes
         self._arrived([ref], name, nbytes)
+        _device.wait_on_stream(landing.tensor, _device.DONE)  # DEV-3
         return landing.finish()
 
     async def pull(self, ref: Pullable, transport: str | None = None) -> Any:  # noqa: ANN401
@@ -273,11 +283,14 @@ class Runtime:
             self._came_along(ref)
             results[index] = tensor
             if into is not None:
-                results[index] = await self._copied(into[index], tensor)
+                results[index] = await self._copied(ref, into[index], tensor)
 
         async def pull_batch(forced: str | None, indices: list[int]) -> None:
             header = refs[indices[0]].header
-            name, link = await self._found(header, forced)
+            finding = self.routes.find(header.address, header.owner, forced)
+            name, link = await self._reached(header, finding)
+            asking = self.routes.wait_ready([refs[index].header for index in indices])
+            await self._reached(header, asking)
             for some in self._admissible(refs, indices):
                 batch = [refs[index] for index in some]
                 targets = None if into is None else [into[index] for index in some]
@@ -291,13 +304,14 @@ class Runtime:
         return [tensor for tensor in results if tensor is not None]
 
     def _packed_by(self, ref: Pullable) -> str | None:
-        """The transport for a tensor of tiny pieces: one whose owner packs them first."""
-        wanted = prefers_packing(ref.meta) and "tcp" in self.config.transports
-        return "tcp" if wanted else None
+        """The transport for tiny pieces, or of a device: one whose owner packs or stages them."""
+        wanted = prefers_packing(ref.meta) or bool(ref.meta.device)
+        return "tcp" if wanted and "tcp" in self.config.transports else None
 
-    async def _found(self, header: Header, forced: str | None) -> tuple[str, Link]:
+    async def _reached(self, header: Header, reaching: Awaitable[_T]) -> _T:
+        """The outcome of something that was asked of an owner."""
         try:
-            return await self.routes.find(header.address, header.owner, forced)
+            return await reaching
         except OwnerDiedError as exc:
             raise _died(header.owner, exc) from exc
         except PeerLostError as exc:
@@ -345,6 +359,7 @@ class Runtime:
                     land(ref, self.pool, target) for ref, target in zip(refs, targets, strict=True)
                 ]
 
+            check_reach(name, link, refs)
             landings = prepare()
             parts = [landing.part for landing in landings]
             try:
@@ -364,11 +379,15 @@ class Runtime:
         self._arrived(refs, name, sum(part.nbytes for part in parts))
         if sum(landing.copy_nbytes for landing in landings) > _COPY_ON_LOOP_NBYTES:
             work = self.workers.run(lambda: [landing.finish() for landing in landings])
-            return await finish(work)  # OWN-1: it may write to the caller's tensors
-        return [landing.finish() for landing in landings]
+            tensors = await finish(work)  # OWN-1: it may write to the caller's tensors
+        else:
+            tensors = [landing.finish() for landing in landings]
+        return await hand_over(landings, tensors)
 
-    async def _copied(self, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
-        if into.nbytes > _COPY_ON_LOOP_NBYTES:
+    async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
+        if ref.inline is None:
+            await self.registry.wait_ready([ref.header.key])  # DEV-1
+        if into.nbytes > _COPY_ON_LOOP_NBYTES or ref.meta.device:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))
         return copy_into(into, tensor)
 

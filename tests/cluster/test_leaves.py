@@ -115,15 +115,22 @@ async def test_a_memmap_and_a_read_only_array_are_exported(nodes: Any, tmp_path:
     path = str(tmp_path / "array")
 
     def make(_: Any) -> Any:
-        import warnings  # noqa: PLC0415
-
-        warnings.simplefilter("error")
         mapped = np.memmap(path, dtype=np.float32, mode="w+", shape=(300_000,))
         mapped[:] = np.arange(300_000) % 251
         frozen = numbers(MIB)
         frozen.flags.writeable = False
         return [mapped, frozen]
 
+    async def exported(_: Any) -> Any:
+        import warnings  # noqa: PLC0415
+
+        frozen = numbers(40)
+        frozen.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return (await aiordt.put([frozen], transport="tcp"))[0].shape
+
+    assert await nodes[0].run.remote(exported) == (10,)
     refs = await nodes[0].make.remote(make)
     mapped, frozen = await aiordt.get(refs)
     assert same(mapped, numbers(1_200_000))
