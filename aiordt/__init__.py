@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiordt._actor import AsyncActor, method
 from aiordt._config import Config, configure
+from aiordt._device import DeviceWarning
 from aiordt._errors import (
     AiordtError,
     AuthenticationError,
@@ -32,6 +33,7 @@ __all__ = [
     "AuthenticationError",
     "ClosedError",
     "Config",
+    "DeviceWarning",
     "Explanation",
     "GroupError",
     "Owner",

@@ -194,6 +194,22 @@ async def test_open_waits_for_all_exports_before_it_reads(
     assert device.log == ["record", "record", "stage"]
 
 
+async def test_other_work_is_not_waited_for(registry: Registry, device: FakeDevice) -> None:
+    first, second = (exported(registry, torch.ones(3, dtype=torch.uint8)) for _ in range(2))
+
+    async def read(export: Export) -> bytes:
+        async with registry.open([(export.key, 0, None)], 3) as served:
+            return b"".join(served.views)
+
+    reading = asyncio.create_task(read(first))
+    await waited_for(device.events[0])
+    device.events[1].complete()
+    assert await read(second) == b"\1\1\1"  # DEV-2: neither the loop nor the device is held up
+    assert not reading.done()
+    device.finish()
+    await reading
+
+
 async def test_a_cancelled_open_lets_go_of_the_tensor(
     registry: Registry, device: FakeDevice
 ) -> None:
