@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aiordt._actor import AsyncActor, method
+from aiordt._arena import empty, empty_like, zeros
 from aiordt._config import Config, configure
 from aiordt._device import DeviceWarning
 from aiordt._errors import (
@@ -10,6 +11,7 @@ from aiordt._errors import (
     AuthenticationError,
     ClosedError,
     GroupError,
+    OutOfMemoryError,
     OwnerDiedError,
     PeerLostError,
     RefPicklingError,
@@ -36,6 +38,7 @@ __all__ = [
     "DeviceWarning",
     "Explanation",
     "GroupError",
+    "OutOfMemoryError",
     "Owner",
     "OwnerDiedError",
     "PeerLostError",
@@ -50,6 +53,8 @@ __all__ = [
     "UsageError",
     "as_completed",
     "configure",
+    "empty",
+    "empty_like",
     "explain",
     "get",
     "method",
@@ -57,4 +62,5 @@ __all__ = [
     "stats",
     "wait",
     "wait_tensor_freed",
+    "zeros",
 ]

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from aiordt import _config, _wire
+from aiordt import _config, _device, _wire
+from aiordt._arena import arena
 from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError
 from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
 from aiordt._registry import check_exportable
+from aiordt._route import NOT_SHARED
 from aiordt._runtime import current
 from aiordt._tree import Flat
 from aiordt._types import DTYPE_CODES, MIB
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from aiordt._registry import Export
+    from aiordt.abc import Event
 
 _CLONE_ON_LOOP_NBYTES: Final = MIB
 
@@ -41,10 +44,9 @@ def check_transport(name: str | None) -> None:
         return
     if not isinstance(name, str):
         raise InvalidTypeError(f"transport must be a str, not {type(name).__name__}")
-    if name not in (*_config.TRANSPORTS, *_config.PLANNED):
-        raise InvalidValueError(
-            f"there is no transport {name!r}; there are {', '.join(_config.TRANSPORTS)}"
-        )
+    known = (*_config.TRANSPORTS, *_config.others())
+    if name not in (*known, *_config.PLANNED):
+        raise InvalidValueError(f"there is no transport {name!r}; there are {', '.join(known)}")
 
 
 class Exporting:
@@ -80,6 +82,7 @@ class Exporting:
             [index for index in range(len(tensors)) if index not in self._inline] if tensors else []
         )
         self._export: Export | None = None
+        self._ready: Event | None = None
 
     def _choose_inline(self) -> dict[int, bytes]:
         if self._transport is not None:
@@ -90,6 +93,12 @@ class Exporting:
                     reason=available,
                     transport=self._transport,
                 )
+            if self._transport == "shm":
+                for tensor in self._tensors:
+                    if tensor.nbytes and not arena.locate(tensor.data_ptr()):
+                        raise UnavailableError(
+                            f"shm: {NOT_SHARED}", reason=NOT_SHARED, transport="shm"
+                        )
             return {}
         config = self.runtime.config
         room = config.inline_result_nbytes
@@ -140,16 +149,25 @@ class Exporting:
             if index in self._arrays:
                 self._others[index] = as_array(copy)
 
-    def begin(self) -> int:
-        """Hold what is to be exported.
+    def record(self) -> None:
+        """Note what the caller's streams have queued; on the caller's thread."""
+        if self._exported:
+            self._ready = _device.record(self._tensors[index] for index in self._exported)
+
+    async def begin(self) -> int:
+        """Hold what is to be exported, once there is room for it.
 
         Returns:
             How many leases it needs.
         """
         if not self._exported:
             return 0
+        registry = self.runtime.registry
         tensors = [self._tensors[index] for index in self._exported]
-        self._export = self.runtime.registry.begin(tensors, self._label)
+        if registry.limited:
+            self._export = await registry.begin_when_room(tensors, self._label, self._ready)
+        else:
+            self._export = registry.begin(tensors, self._label, self._ready)
         if self._others:
             self._export.others = {
                 number: self._others[position]
@@ -219,7 +237,8 @@ def _describe(
         tuple(tensor.shape),
         None if contiguous else tensor.stride(),
         0 if inline else tensor.data_ptr(),
-        device="" if tensor.is_cpu else str(tensor.device),
+        0 if inline else arena.locate(tensor.data_ptr()),
+        "" if tensor.is_cpu else str(tensor.device),
     )
     return _wire.pack_meta(meta), cls
 
@@ -236,7 +255,8 @@ async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool
         else:
             with exporting.runtime.registry.holding(exporting.originals):  # REG-3
                 await finish(exporting.runtime.workers.run(exporting.clone))
-    count = exporting.begin()
+    exporting.record()
+    count = await exporting.begin()
     try:
         markers = await exporting.runtime.markers.take(count) if count else []
     except BaseException:
@@ -253,7 +273,8 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
     exporting.clone_on_devices()
     if exporting.clones:
         exporting.clone()
-    count = exporting.begin()
+    exporting.record()
+    count = exporting.runtime.io.run_sync(exporting.begin())
     try:
         markers = exporting.runtime.markers.take_blocking(count) if count else []
     except BaseException:

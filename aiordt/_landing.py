@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
 import torch
 
 from aiordt import _device, _wire
@@ -111,6 +112,13 @@ def dtype_of(code: int) -> torch.dtype:
     return dtype
 
 
+def dense_stride_of(meta: TensorMeta) -> tuple[int, ...]:
+    """The strides of a tensor at its owner."""
+    if meta.stride is not None:
+        return meta.stride
+    return torch.empty(meta.shape, device="meta").stride()
+
+
 def num_bytes(meta: TensorMeta) -> int:
     """Size of a tensor, in bytes."""
     nbytes = ITEMSIZES[meta.dtype]
@@ -136,6 +144,14 @@ def dress(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
     if ref.cls is not None:
         tensor = tensor.as_subclass(ref.cls)
     return tensor.requires_grad_(True) if requires_grad else tensor  # noqa: FBT003
+
+
+def as_seen(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
+    """A tensor in another process's memory, or a read-only array if that is what it is there."""
+    seen = as_array(tensor) if ref.meta.flags & _wire.FLAG_NUMPY else tensor
+    if isinstance(seen, np.ndarray):
+        seen.flags.writeable = False
+    return seen
 
 
 def unpack_inline(ref: Pullable, data: bytes) -> Any:  # noqa: ANN401

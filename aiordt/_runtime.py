@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
@@ -22,13 +23,16 @@ from aiordt._errors import (
     OwnerDiedError,
     PeerLostError,
     TensorFreedError,
+    UnavailableError,
 )
 from aiordt._landing import (
     Header,
     Landing,
     Pullable,
+    as_seen,
     check_reach,
     copy_into,
+    dense_stride_of,
     describe,
     dress,
     dtype_of,
@@ -38,14 +42,15 @@ from aiordt._landing import (
     prefers_packing,
     unpack_inline,
 )
+from aiordt._layout import span
 from aiordt._memory import Pool
 from aiordt._metrics import Counters, phase
-from aiordt._peer import Network, listen
+from aiordt._peer import Network, listen, listen_locally
 from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
 from aiordt._registry import Registry, warn_if_shared
-from aiordt._route import Routes
+from aiordt._route import NOT_SHARED, Routes
 from aiordt._types import MIB
-from aiordt.abc import Context, PeerAddress
+from aiordt.abc import Context, PeerAddress, SharedLink
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
@@ -86,7 +91,7 @@ class Runtime:
         self.pool = Pool(config.pool_nbytes)
         self.workers = Workers("worker", 4)
         self._ray_questions = Workers("ray", 2)  # may block for long when the network is cut
-        self.registry = Registry(self.workers)
+        self.registry = Registry(self.workers, config.max_exported_bytes)
         self.closed = False
         self._admission = Admission(config.max_in_flight_bytes)
         self._owner: Owner | None = None
@@ -113,6 +118,7 @@ class Runtime:
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
             listener,
+            listen_locally(runtime_id),
             runtime_id,
             secret=self._read_secret,
             handle=self._handle,
@@ -120,7 +126,7 @@ class Runtime:
             lost=self._lost,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
-        post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
+        post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
     @property
@@ -190,7 +196,27 @@ class Runtime:
     async def explain(self, ref: Pullable) -> Explanation:
         """See `aiordt.explain`."""
         self._check(ref)
-        return await self.routes.explain(ref, self.address.runtime_id, self._packed_by(ref))
+        return await self.routes.explain(ref, self.address.runtime_id, self._suited(ref))
+
+    # --- looking ---------------------------------------------------------------------------
+
+    async def view(self, ref: Pullable) -> Any:  # noqa: ANN401
+        """See `aiordt.TensorRef.view`."""
+        self._check(ref)
+        tensor = self._here(ref)
+        if tensor is not None:
+            self._came_along(ref)
+            return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
+        self._check_shared(ref, "shm")
+        meta = ref.meta
+        dtype = dtype_of(meta.dtype)
+        stride = dense_stride_of(meta)
+        nbytes = span(meta.shape, stride, dtype.itemsize)
+        _, link = await self._reached(ref.header, self._find(ref.header, "shm", None))
+        await self._reached(ref.header, self.routes.wait_ready([ref.header]))  # DEV-1
+        assert isinstance(link, SharedLink)  # noqa: S101  (what `shm` is)
+        flat = await link.view(meta.segment, meta.address, nbytes)
+        return as_seen(flat.view(dtype).as_strided(meta.shape, stride), ref)
 
     # --- pulling ---------------------------------------------------------------------------
 
@@ -226,7 +252,12 @@ class Runtime:
         if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
             return None
         forced = transport or ref.header.transport
-        found = self.routes.known(ref.header.address.runtime_id, forced)
+        peer_id = ref.header.address.runtime_id
+        found = None
+        if forced is None and ref.meta.segment and not self.routes.refused(peer_id, "shm"):
+            found = self.routes.known(peer_id, "shm")
+        else:
+            found = self.routes.known(peer_id, forced)
         if found is None:
             return None
         name, link = found
@@ -272,22 +303,24 @@ class Runtime:
         self._inline_nbytes = 0
         await asyncio.sleep(0)
         results: list[torch.Tensor | None] = [None] * len(refs)
-        batches: dict[tuple[bytes, str | None], list[int]] = {}
+        batches: dict[tuple[bytes, str | None, str | None], list[int]] = {}
         for index, ref in enumerate(refs):
             self._check(ref)
             tensor = self._here(ref)
             if tensor is None:
-                forced = transport or ref.header.transport or self._packed_by(ref)
-                batches.setdefault((ref.header.address.runtime_id, forced), []).append(index)
+                forced = transport or ref.header.transport
+                self._check_shared(ref, forced)
+                way = (ref.header.address.runtime_id, forced, self._suited(ref))
+                batches.setdefault(way, []).append(index)
                 continue
             self._came_along(ref)
             results[index] = tensor
             if into is not None:
                 results[index] = await self._copied(ref, into[index], tensor)
 
-        async def pull_batch(forced: str | None, indices: list[int]) -> None:
+        async def pull_batch(forced: str | None, suited: str | None, indices: list[int]) -> None:
             header = refs[indices[0]].header
-            finding = self.routes.find(header.address, header.owner, forced)
+            finding = self._find(header, forced, suited)
             name, link = await self._reached(header, finding)
             asking = self.routes.wait_ready([refs[index].header for index in indices])
             await self._reached(header, asking)
@@ -299,14 +332,43 @@ class Runtime:
                     results[index] = tensor
 
         if batches:
-            await run_all([pull_batch(forced, indices) for (_, forced), indices in batches.items()])
+            await run_all(
+                [
+                    pull_batch(forced, suited, indices)
+                    for (_, forced, suited), indices in batches.items()
+                ]
+            )
         del leases
         return [tensor for tensor in results if tensor is not None]
 
-    def _packed_by(self, ref: Pullable) -> str | None:
-        """The transport for tiny pieces, or of a device: one whose owner packs or stages them."""
+    def _suited(self, ref: Pullable) -> str | None:
+        """The transport that suits a tensor better than the way to its owner in general.
+
+        Shared memory if it lies there; for one of tiny pieces, or on a device, a link whose
+        owner packs or stages them.
+        """
+        allowed = self.config.transports
+        peer_id = ref.header.address.runtime_id
+        if ref.meta.segment and "shm" in allowed and not self.routes.refused(peer_id, "shm"):
+            return "shm"
         wanted = prefers_packing(ref.meta) or bool(ref.meta.device)
-        return "tcp" if wanted and "tcp" in self.config.transports else None
+        return "tcp" if wanted and "tcp" in allowed else None
+
+    @staticmethod
+    def _check_shared(ref: Pullable, forced: str | None) -> None:
+        if forced == "shm" and not ref.meta.segment:
+            reason = NOT_SHARED
+            raise UnavailableError(
+                f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
+            )
+
+    async def _find(
+        self, header: Header, forced: str | None, suited: str | None
+    ) -> tuple[str, Link]:
+        if forced is None and suited is not None:
+            with suppress(UnavailableError):  # remembered: it is not tried again
+                return await self.routes.find(header.address, header.owner, suited)
+        return await self.routes.find(header.address, header.owner, forced)
 
     async def _reached(self, header: Header, reaching: Awaitable[_T]) -> _T:
         """The outcome of something that was asked of an owner."""

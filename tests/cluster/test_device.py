@@ -260,3 +260,23 @@ async def test_other_devices_are_refused_clearly(nodes: Any) -> None:
     text = await nodes[0].run.remote(refused)
     assert "on meta" in text
     assert "empty_like" in text
+
+
+async def test_shared_memory_is_looked_at_after_the_work(nodes: Any, device: Any) -> None:
+    def make(node: Any) -> list[torch.Tensor]:
+        node.kept["tensors"] = [aiordt.zeros((MIB,))]
+        return list(node.kept["tensors"])
+
+    (ref,) = await device.make.remote(make)
+    assert (await aiordt.explain(ref)).chosen == "shm"
+
+    async def look() -> bool:
+        async with ref.view() as seen:
+            return bool((seen == 7).all())
+
+    looking = asyncio.ensure_future(look())
+    pulling = asyncio.ensure_future(aiordt.get(ref))
+    await waiting(device, 2)
+    await device.run.remote(write, 7.0)
+    assert await looking  # DEV-1
+    assert bool((await pulling == 7).all())

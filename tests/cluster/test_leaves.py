@@ -325,3 +325,27 @@ async def test_an_exported_array_is_kept_alive(nodes: Any) -> None:
         return bool(await nodes[0].run.remote(alive) == 0)
 
     await eventually(gone)
+
+
+async def test_arrays_in_shared_memory(nodes: Any) -> None:
+    def make(_: Any) -> Any:
+        array = aiordt.empty((300_000,)).numpy()
+        array[:] = np.arange(300_000) % 251
+        return array
+
+    ref = await nodes[0].make.remote(make)
+    assert (await aiordt.explain(ref)).chosen == "shm"
+    got = await ref
+    assert same(got, numbers(1_200_000))
+    assert got.flags.writeable
+    async with ref.view() as seen:
+        assert same(seen, numbers(1_200_000))
+        assert not seen.flags.writeable
+
+    async def own(_: Any) -> list[bool]:
+        array, small = aiordt.empty((300_000,)).numpy(), np.ones(3)
+        refs = await aiordt.put([array, small])
+        async with refs[0].view() as seen, refs[1].view() as copied:
+            return [seen is array, same(copied, small)]
+
+    assert all(await nodes[0].run.remote(own))
