@@ -43,6 +43,8 @@ class Config:
         arena_nbytes: Shared memory that `aiordt.empty` may take; half of the machine's.
         max_exported_bytes: Exports beyond this many bytes of storages wait until earlier ones
             are freed; a result that is larger by itself is refused. 0: no limit.
+        relay_nbytes: Shared memory for copies of other hosts' tensors, which the processes of
+            this host read instead of pulling the same bytes once more. 0: none.
         tcp_streams: Connections that one large tensor is spread over.
         transports: Transports that may be used, in order of preference.
     """
@@ -53,11 +55,18 @@ class Config:
     pool_nbytes: int = 1 * GIB
     arena_nbytes: int = field(default_factory=_half_of_memory)
     max_exported_bytes: int = 0
+    relay_nbytes: int = 1 * GIB
     tcp_streams: int = 2
     transports: tuple[str, ...] = TRANSPORTS
 
     def __post_init__(self) -> None:
-        for name in ("inline_nbytes", "inline_result_nbytes", "pool_nbytes", "max_exported_bytes"):
+        for name in (
+            "inline_nbytes",
+            "inline_result_nbytes",
+            "pool_nbytes",
+            "max_exported_bytes",
+            "relay_nbytes",
+        ):
             _check_int(name, getattr(self, name), minimum=0)
         for name in ("max_in_flight_bytes", "tcp_streams", "arena_nbytes"):
             _check_int(name, getattr(self, name), minimum=1)

@@ -140,6 +140,7 @@ class Registry(Source):
         self._exports: dict[bytes, Export] = {}
         self._leases: dict[object, tuple[Export, list[int]]] = {}
         self._waiters: dict[StorageKey, set[_Waiter]] = {}
+        self._ends: dict[bytes, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
 
     def begin(
         self, tensors: Sequence[torch.Tensor], label: str, ready: Event | None = None
@@ -293,6 +294,7 @@ class Registry(Source):
                     export.tensors[index] = None
                 if all(tensor is None for tensor in export.tensors):
                     self._exports.pop(export.key, None)
+                    self._ended(export.key)
                 self._apply(step(self._state, Released(lease)))
 
     def _apply(self, effects: list[Freed[StorageKey]]) -> None:
@@ -428,6 +430,25 @@ class Registry(Source):
                 export.seen_by.add(peer_id)
             return export
 
+    async def wait_gone(self, key: bytes) -> None:
+        """Wait until an export is gone as a whole."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if key not in self._exports:
+                return
+            end = (loop, loop.create_future())
+            self._ends.setdefault(key, []).append(end)
+        try:
+            await end[1]
+        finally:
+            with self._lock:
+                if end in self._ends.get(key, ()):
+                    self._ends[key].remove(end)
+
+    def _ended(self, key: bytes) -> None:
+        for loop, future in self._ends.pop(key, ()):
+            post(loop, settle, future, None, None)
+
     def counts(self) -> tuple[int, int]:
         """Tensors exported, and the bytes of the storages behind them."""
         with self._lock:
@@ -476,6 +497,8 @@ class Registry(Source):
         with self._lock:
             waiters = {waiter for group in self._waiters.values() for waiter in group}
             self._waiters.clear()
+            for key in list(self._ends):
+                self._ended(key)
             self._exports.clear()
             self._leases.clear()
             self._state = State()

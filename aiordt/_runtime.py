@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
-from aiordt import _config, _device, _ray, _wire
+from aiordt import _config, _device, _ray, _relay, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -48,9 +48,10 @@ from aiordt._metrics import Counters, phase
 from aiordt._peer import Network, listen, listen_locally
 from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
 from aiordt._registry import Registry, warn_if_shared
+from aiordt._relay import Relay
 from aiordt._route import NOT_SHARED, Routes
 from aiordt._types import MIB
-from aiordt.abc import Context, PeerAddress, SharedLink
+from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
@@ -126,6 +127,14 @@ class Runtime:
             lost=self._lost,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
+        self.relay = Relay(
+            self.address,
+            self.io,
+            routes=self.routes,
+            counters=self.counters,
+            workers=self.workers,
+            limit=config.relay_nbytes if "shm" in config.transports else 0,
+        )
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
@@ -171,9 +180,16 @@ class Runtime:
         if isinstance(message, _wire.Ready):
             await self.registry.wait_ready(message.keys)
             return message
+        if isinstance(message, TransportMessage) and message.transport == _relay.NAME:
+            watched = _relay.watched_key(message)
+            if watched is None:
+                return await self.relay.serve(message, peer_id)
+            await self.registry.wait_gone(watched)
+            return message
         return await self.transports.serve(message, peer_id)
 
     def _lost(self, peer_id: bytes) -> None:
+        self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)
 
@@ -270,7 +286,8 @@ class Runtime:
         if not link.read_nowait([landing.part]):
             return None
         self._inline_nbytes += nbytes
-        self._arrived([ref], name, nbytes)
+        self.counters.pulled(name, 1, nbytes)
+        self._arrived([ref])
         _device.wait_on_stream(landing.tensor, _device.DONE)  # DEV-3
         return landing.finish()
 
@@ -424,8 +441,11 @@ class Runtime:
             check_reach(name, link, refs)
             landings = prepare()
             parts = [landing.part for landing in landings]
+            relayed = self.relay.wants(name, parts)
             try:
-                if not link.read_nowait(parts):
+                if relayed:
+                    await self.relay.read(refs[0].header.address, parts, name, link)
+                elif not link.read_nowait(parts):
                     await link.read(parts)
             except OwnerDiedError as exc:
                 raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
@@ -438,7 +458,9 @@ class Runtime:
         finally:
             self.counters.ended(len(refs))
             self._admission.release(nbytes)
-        self._arrived(refs, name, sum(part.nbytes for part in parts))
+        if not relayed:
+            self.counters.pulled(name, len(refs), sum(part.nbytes for part in parts))
+        self._arrived(refs)
         if sum(landing.copy_nbytes for landing in landings) > _COPY_ON_LOOP_NBYTES:
             work = self.workers.run(lambda: [landing.finish() for landing in landings])
             tensors = await finish(work)  # OWN-1: it may write to the caller's tensors
@@ -457,8 +479,7 @@ class Runtime:
         if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
             self.counters.pulled("inline", 1, len(ref.inline))
 
-    def _arrived(self, refs: Sequence[Pullable], name: str, nbytes: int) -> None:
-        self.counters.pulled(name, len(refs), nbytes)
+    def _arrived(self, refs: Sequence[Pullable]) -> None:
         for ref in refs:
             if not ref.header.noted:
                 ref.header.noted = True
@@ -475,6 +496,7 @@ class Runtime:
         self.registry.close()
 
         async def cleanup() -> None:
+            await self.relay.aclose()
             await self._network.aclose()
             await self.routes.aclose()
             await self.transports.aclose()
