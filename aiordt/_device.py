@@ -279,9 +279,8 @@ class _CudaLayer(DeviceLayer):  # pragma: no cover  (needs a GPU)
 
     @override
     async def unstage(self, host: torch.Tensor, device: torch.device) -> torch.Tensor:
-        stream = self._side(device)
-
         def copy() -> tuple[torch.Tensor, _CudaEvent]:
+            stream = self._side(device)  # may wake CUDA, which takes a while: not on the loop
             with torch.cuda.device(device), torch.cuda.stream(stream):
                 made = host.to(device, non_blocking=True)
                 event = _CudaEvent(device, self._workers)
@@ -377,7 +376,9 @@ def home(device: str) -> torch.device | None:
         return None
     kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.is_available():  # pragma: no cover  (needs a GPU)
-        return torch.device("cuda", torch.cuda.current_device())
+        # Asking for the current device would wake CUDA, on the loop.
+        awake = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return torch.device("cuda", torch.cuda.current_device() if awake else 0)
     if kind not in _homeless:
         _homeless.add(kind)
         warnings.warn(
