@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiordt.abc import Event
 
 
-class FakeDevice(HostLayer):
+class FakeDevice:
     """Takes the place of host memory's layer in this process: its queue moves by hand.
 
     Every export made meanwhile has an event of its own that is not done until `finish`. To be
@@ -27,7 +27,7 @@ class FakeDevice(HostLayer):
     `remove`. Small tensors travel by value, whatever is queued: name a ``transport=``.
 
     Attributes:
-        events: One for each `record`.
+        events: One for each export, in order; ``complete()`` ends one.
         log: What was called, in order: ``"record"``, ``"wait_on_stream"``, ``"stage"``.
         waited_for: What the caller's stream was told to wait for.
     """
@@ -40,7 +40,7 @@ class FakeDevice(HostLayer):
 
     def install(self) -> None:
         """Take the place."""
-        self._before = _device.install("cpu", self)
+        self._before = _device.install("cpu", _Layer(self))
 
     def remove(self) -> None:
         """Give it back, and finish what is queued. Idempotent."""
@@ -61,16 +61,21 @@ class FakeDevice(HostLayer):
         for event in self.events:
             event.complete(error)
 
+
+class _Layer(HostLayer):
+    def __init__(self, fake: FakeDevice) -> None:
+        self._fake = fake
+
     @override
     def record(self, device: torch.device) -> Event:
-        self.log.append("record")
-        self.events.append(Completion())
-        return self.events[-1]
+        self._fake.log.append("record")
+        self._fake.events.append(Completion())
+        return self._fake.events[-1]
 
     @override
     def wait_on_stream(self, device: torch.device, event: Event) -> None:
-        self.log.append("wait_on_stream")
-        self.waited_for.append(event)
+        self._fake.log.append("wait_on_stream")
+        self._fake.waited_for.append(event)
 
     @override
     async def stage(
@@ -79,5 +84,5 @@ class FakeDevice(HostLayer):
         dtypes: Sequence[torch.dtype],
         workers: Workers,
     ) -> list[torch.Tensor]:
-        self.log.append("stage")
+        self._fake.log.append("stage")
         return await super().stage(tensors, dtypes, workers)
