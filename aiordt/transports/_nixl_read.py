@@ -44,6 +44,8 @@ MAX_KNOWN: Final = 4096
 _MAX_ITEMS: Final = 4096
 WIRING_SECONDS: Final = 5.0
 _PROOF_SECONDS: Final = 1.0
+#: A read that is stuck for so long needs the owner; one that merely takes long does not mind.
+_STALL_SECONDS: Final = 0.02
 # Without the GIL, as in aiordt.transports.cma.
 _sched_yield: Callable[[], int] = ctypes.CDLL(None).sched_yield
 
@@ -63,6 +65,9 @@ class Remote:
         self._mutex = threading.Lock()  # never held for long
         self._users = 0
         self._draining = False
+        self._stalled = 0
+        self._moving = asyncio.Event()
+        self._helping: asyncio.Task[None] | None = None
         self._known: dict[tuple[bytes, int] | int, Range] = {}
         self._ranges: set[Range] = set()
 
@@ -77,6 +82,10 @@ class Remote:
                 return None
             self._users += 1
             return found
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Call ``function`` on the io loop."""
+        post(self._io.loop, function)
 
     def leave(self) -> None:
         """The read has ended."""
@@ -210,6 +219,32 @@ class Remote:
             for old in known
         )
 
+    def stalled(self) -> None:
+        """A read does not get on: the owner is asked to help. On the io loop."""
+        self._stalled += 1
+        if self._helping is None:
+            self._helping = asyncio.ensure_future(self._help())
+
+    def unstalled(self) -> None:
+        """A read that did not get on has ended. On the io loop."""
+        self._stalled -= 1
+        if not self._stalled:
+            self._moving.set()
+
+    async def _help(self) -> None:
+        # UCX may need the owner once more, e.g. to finish wiring up when the first large read
+        # takes another way than the small ones before it.
+        with suppress(AiordtError):
+            while self._stalled:
+                self._moving.clear()
+                await self._ask("help", [])
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(WIRING_SECONDS):
+                        await self._moving.wait()
+                if not self._stalled:
+                    await self._ask("wired", [])
+        self._helping = None
+
     async def _ask(self, what: str, arguments: Sequence[object]) -> Any:  # noqa: ANN401
         body: bytes = msgpack.packb([what, arguments])
         reply = await self.peer.call(TransportMessage("nixl", body))
@@ -222,10 +257,11 @@ class Read:
     """One read, done by the agent's thread chunk by chunk, in turns with other reads."""
 
     def __init__(
-        self, engine: Engine, name: str, parts: Sequence[Part], ranges: Sequence[Range]
+        self, engine: Engine, remote: Remote, parts: Sequence[Part], ranges: Sequence[Range]
     ) -> None:
         self._engine = engine
-        self._name = name
+        self._remote = remote
+        self._stalled = False
         self._pairs = list(zip(parts, ranges, strict=True))
         self._registered: list[Registration[Any]] = []
         self._chunks: Generator[Chunk] | None = None
@@ -263,11 +299,17 @@ class Read:
                 self._since = time.monotonic()
                 _sched_yield()
             else:  # NIXL has nothing to wait on: a quarter more than it took, up to 1 ms
-                time.sleep(min(1e-3, max(2e-5, (time.monotonic() - self._since) / 4)))
+                waited = time.monotonic() - self._since
+                if waited > _STALL_SECONDS and not self._stalled:
+                    self._stalled = True
+                    self._remote.post(self._remote.stalled)
+                time.sleep(min(1e-3, max(2e-5, waited / 4)))
             with suppress(ClosedError):
                 self._engine.workers.submit(self._run)
                 return
             self._stopped = True  # the thread ends after this: see it through
+        if self._stalled:
+            self._remote.post(self._remote.unstalled)
         post(self._loop, settle, self._future, None, self._error)
 
     def _step(self) -> bool:
@@ -290,7 +332,9 @@ class Read:
                 break
             phase("nixl.chunk")
             self._posted.append(chunk)
-            if self._advance(chunk, lambda chunk: self._engine.agent.post(chunk, self._name)):
+            if self._advance(
+                chunk, lambda chunk: self._engine.agent.post(chunk, self._remote.name)
+            ):
                 return True  # the call copied: let others have a turn
             moved = True
         return moved

@@ -89,37 +89,33 @@ class NixlLink(Link):
     @override
     def read_nowait(self, parts: Sequence[Part]) -> bool:
         self._check_open()
-        if len(parts) > 16 or sum(part.nbytes for part in parts) > self.nowait_nbytes:
+        nbytes = 0
+        for part in parts:
+            if not part.contiguous or not (part.tensor is None or part.tensor.is_cpu):
+                return False
+            nbytes += part.nbytes
+        if nbytes > (self.nowait_nbytes if len(parts) == 1 else BOUNCE_NBYTES) or len(parts) > 16:
             return False
-        parts = [part for part in parts if part.nbytes]
-        if not parts:
-            self._check_alive()
-            return True
-        ranges = self._remote.try_enter(parts)
-        if ranges is None:
-            return False
-        try:
-            if not self._suits(parts, ranges) or not self._engine.lock.acquire(blocking=False):
-                return False  # NIX-2
+        if nbytes:
+            parts = [part for part in parts if part.nbytes]
+            ranges = self._remote.try_enter(parts)
+            if ranges is None:
+                return False
             try:
-                done = self._read_now(parts, ranges)
+                for part, there in zip(parts, ranges, strict=True):
+                    if there.device != "cpu" or not _inside(part, there):
+                        return False
+                if not self._engine.lock.acquire(blocking=False):  # NIX-2
+                    return False
+                try:
+                    if not self._read_now(parts, ranges):
+                        return False
+                finally:
+                    self._engine.lock.release()
             finally:
-                self._engine.lock.release()
-        finally:
-            self._remote.leave()
-        if done:
-            self._check_alive()
-        return done
-
-    def _suits(self, parts: Sequence[Part], ranges: Sequence[Range]) -> bool:
-        """Whether a read is of the simple kind, for `_read_now`."""
-        return (
-            all(part.contiguous for part in parts)
-            and all(part.tensor is None or part.tensor.device.type == "cpu" for part in parts)
-            and all(there.device == "cpu" for there in ranges)
-            and all(map(_inside, parts, ranges))
-            and (len(parts) == 1 or sum(part.nbytes for part in parts) <= BOUNCE_NBYTES)
-        )
+                self._remote.leave()
+        self._check_alive()
+        return True
 
     def _read_now(self, parts: Sequence[Part], ranges: Sequence[Range]) -> bool:
         engine = self._engine
@@ -192,7 +188,7 @@ class NixlLink(Link):
                     peer=self._name,
                     nbytes=nbytes,
                 )
-        job = Read(self._engine, self._remote.name, parts, ranges)
+        job = Read(self._engine, self._remote, parts, ranges)
         self._jobs.add(job)
         try:
             self._check_open()
@@ -344,6 +340,9 @@ class NixlTransport(Transport):
                 reply = await self._hello(peer_id)
             elif what == "wired":
                 reply = await self._wired(peer_id)
+            elif what == "help":
+                self._help(peer_id)
+                reply = []
             elif what == "ranges":
                 reply = await self._ranges([(bytes(key), int(index)) for key, index in arguments])
             else:
@@ -356,10 +355,7 @@ class NixlTransport(Transport):
     async def _hello(self, peer_id: bytes) -> list[object]:
         engine = self._engine
         if engine.rdma:
-            self._wiring[peer_id] = self.io.loop.time() + 2 * WIRING_SECONDS
-            if not self._progressing:
-                self._progressing = True
-                self._begin(self._make_progress())
+            self._help(peer_id)
 
         def describe() -> list[object]:
             return [
@@ -372,6 +368,13 @@ class NixlTransport(Transport):
             ]
 
         return await engine.run(describe)
+
+    def _help(self, peer_id: bytes) -> None:
+        """Make progress for a peer until it says that it is wired up, or is gone."""
+        self._wiring[peer_id] = self.io.loop.time() + 2 * WIRING_SECONDS
+        if not self._progressing:
+            self._progressing = True
+            self._begin(self._make_progress())
 
     async def _wired(self, peer_id: bytes) -> list[object]:
         self._wiring.pop(peer_id, None)
