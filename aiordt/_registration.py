@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from aiordt._arena import arena
 from aiordt._memory import block_at
 
 if TYPE_CHECKING:
@@ -51,17 +52,18 @@ class Region:
 
 
 def region_of(tensor: torch.Tensor) -> Region:
-    """The memory behind ``tensor``: its storage, or the block of the pool that this is on.
+    """The memory behind ``tensor``: its storage, or what of aiordt's memory this is on.
 
     Cost:
         ~2 µs.
     """
     storage = tensor.untyped_storage()
     address, nbytes, device = storage.data_ptr(), storage.nbytes(), str(tensor.device)
-    block = block_at(address)
-    if block is not None and block.nbytes >= nbytes:
-        lent = weakref.ref(block)
-        return Region(address, block.nbytes, device, lambda: lent() is not None)
+    number = arena.locate(address)
+    lender = arena.segment(number) if number else block_at(address)
+    if lender is not None and lender.address + lender.nbytes >= address + nbytes:
+        lent = weakref.ref(lender)
+        return Region(lender.address, lender.nbytes, device, lambda: lent() is not None)
     known = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def alive() -> bool:

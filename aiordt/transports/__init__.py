@@ -10,15 +10,14 @@ import asyncio
 import functools
 import importlib
 import importlib.util
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiordt._config import others
 from aiordt._errors import InvalidTypeError, UnavailableError
 from aiordt.abc import Availability, Transport, TransportMessage
 
 if TYPE_CHECKING:
     import socket
-    from importlib.metadata import EntryPoint
 
     from aiordt._progress import Workers
     from aiordt._wire import Message
@@ -33,29 +32,25 @@ class _Place(NamedTuple):
         cls: The class in it.
         vendors: The packages one of which must be there, as they are imported; empty: none.
         extra: What of aiordt's extras brings it.
+        heavy: Whether importing its module takes long.
     """
 
     module: str
     cls: str
     vendors: tuple[str, ...] = ()
     extra: str = ""
+    heavy: bool = False
 
 
 _OURS: Final = {
+    "shm": _Place("aiordt.transports.shm", "ShmTransport"),
     "cma": _Place("aiordt.transports.cma", "CmaTransport"),
     "nixl": _Place("aiordt.transports.nixl", "NixlTransport", ("nixl_cu13", "nixl_cu12"), "nixl"),
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
 }
 #: Those whose import costs nothing; the others are imported on a worker thread.
-_LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.vendors)
-_SERVING: Final = ("tcp",)
-_GROUP: Final = "aiordt.transports"
-
-
-@functools.cache
-def others() -> dict[str, EntryPoint]:
-    """The transports of other packages, by name."""
-    return {entry.name: entry for entry in entry_points(group=_GROUP) if entry.name not in _OURS}
+_LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.heavy)
+_SERVING: Final = ("shm", "tcp")
 
 
 def names() -> tuple[str, ...]:
@@ -89,10 +84,12 @@ def probe(name: str) -> Availability:
     """Whether a transport can be used in this process. Imports no vendor's package."""
     place = _OURS.get(name)
     if place is not None and place.vendors:
-        if any(importlib.util.find_spec(vendor) is not None for vendor in place.vendors):
+        if not any(importlib.util.find_spec(vendor) for vendor in place.vendors):
+            what = f"{' or '.join(place.vendors)} is not installed"
+            what = f"{what}: pip install aiordt[{place.extra}]"
+            return Availability(usable=False, reason=what)
+        if place.heavy:
             return Availability(usable=True)
-        what = f"{' or '.join(place.vendors)} is not installed: pip install aiordt[{place.extra}]"
-        return Availability(usable=False, reason=what)
     try:
         return load(name).probe()
     except UnavailableError as exc:
@@ -107,7 +104,9 @@ class Transports:
         self._workers = workers
         self._making: dict[str, asyncio.Future[Transport]] = {}
         # What serves peers that need not ask for it by name is there from the start.
-        self.made: dict[str, Transport] = {name: load(name)(context) for name in _SERVING}
+        self.made: dict[str, Transport] = {
+            name: load(name)(context) for name in _SERVING if name in context.config.transports
+        }
 
     async def get(self, name: str) -> Transport:
         """The transport of that name; callable from any loop.

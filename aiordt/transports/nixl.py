@@ -9,9 +9,10 @@ Invariants:
            the owner did nothing for it: what would work only with its help (TCP) is refused.
     NIX-2  All calls of an agent are made under its one lock; an event loop makes one only if
            the lock is free and the read takes microseconds (BLK-1).
-    NIX-3  Only ranges are read that the owner named, for that very export, on the
-           authenticated connection; each registration has a number of its own there, so that
-           what is known of memory that died never answers for memory that came after it.
+    NIX-3  Only ranges are read that the owner named on the authenticated connection, for that
+           very export or one in the same shared segment; each registration has a number of its
+           own there, so that what is known of memory that died never answers for memory that
+           came after it.
     NIX-4  What is known of a peer is dropped only while no read uses it.
 """
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from typing_extensions import override
 
+from aiordt._arena import SEGMENT_NBYTES, arena
 from aiordt._memory import Pool
 from aiordt._registration import Region, Registrations, region_of
 
@@ -223,6 +224,12 @@ def test_a_block_of_the_pool_is_registered_once(cache: Registrations[Handle]) ->
     gc.collect()
     cache.sweep()
     assert cache.count == 0
+
+
+def test_a_shared_segment_is_registered_once(cache: Registrations[Handle]) -> None:
+    tensors = [arena.empty((5000,), torch.uint8) for _ in range(5)]
+    assert len({number(cache, tensor) for tensor in tensors}) == 1
+    assert cache.nbytes >= SEGMENT_NBYTES
 
 
 def test_a_registration_that_fails_leaves_nothing_behind() -> None:
