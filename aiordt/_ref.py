@@ -156,7 +156,7 @@ class TensorRef:
         stays readable, but may be overwritten.
 
         Returns:
-            A context manager that gives the tensor: detached, with the owner's strides.
+            A context manager that gives the tensor, detached, with the owner's strides.
 
         Raises:
             UnavailableError: The tensor is not in shared memory, or not on this host.
