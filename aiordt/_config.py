@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 #: aiordt's own transports, in order of preference for host memory.
-TRANSPORTS: Final = ("cma", "tcp")
+TRANSPORTS: Final = ("cma", "tcp", "ucx")
 #: Names that are taken for what is to come; asking for one says that it is not there yet.
-PLANNED: Final = ("shm", "nixl", "ucx", "cuda_ipc")
+PLANNED: Final = ("shm", "nixl", "cuda_ipc")
 _ENV_PREFIX: Final = "AIORDT_"
 
 

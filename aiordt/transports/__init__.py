@@ -44,6 +44,7 @@ class _Place(NamedTuple):
 _OURS: Final = {
     "cma": _Place("aiordt.transports.cma", "CmaTransport"),
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
+    "ucx": _Place("aiordt.transports.ucx", "UcxTransport", "ucxx", "ucx"),
 }
 #: Those whose import costs nothing; the others are imported on a worker thread.
 _LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.vendor)
