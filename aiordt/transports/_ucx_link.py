@@ -16,14 +16,15 @@ from aiordt._progress import post
 from aiordt._types import KIB
 from aiordt._wire import pack_items
 from aiordt.abc import Link, TransportMessage
+from aiordt.transports._ucp import UcxError
 from aiordt.transports._ucx_devices import local_host
-from aiordt.transports._ucx_worker import Incoming, UcxError, UcxWorker, Unwanted, messages
+from aiordt.transports._ucx_worker import Incoming, UcxWorker, Unwanted, messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aiordt.abc import Part, Peer
-    from aiordt.transports._ucx_worker import Endpoint
+    from aiordt.transports._ucp import Endpoint
     from aiordt.transports.ucx import UcxTransport
 
 #: Up to here the payload is in the reply: one round trip.

@@ -6,69 +6,31 @@ UCX do all there is to do in one call, without the GIL: on the io loop that call
 for a copy, more over TCP) would hold up every peer, and beside a busy interpreter each of
 many calls would wait for the GIL.
 
-Endpoints are made with error handling: only these can be closed while something is pending,
-and end what is pending when the other process dies. UCX would give up shared memory and
-cross-memory attach for that, unless it is told that both support it (`_SETTINGS`).
-
 Invariants:
     UCX-1  A transfer ends when UCX has let go of all its memory, not earlier: its messages
            are complete, or their endpoint is closed.
     UCX-2  Nothing spins: without work the thread sleeps, whatever is pending.
-    UCX-3  The process's environment and signal handlers are what they were before ucxx came.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from abc import ABC, abstractmethod
 from collections import deque
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
 from aiordt._errors import ClosedError
 from aiordt._progress import finish, settle
 from aiordt._types import KIB, MIB
+from aiordt.transports._ucp import Ucp, UcxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from aiordt.transports._ucp import Endpoint, Request
 
-@contextmanager
-def _environment() -> Generator[None]:
-    """The process's environment as UCX needs it while it is loaded or started (UCX-3)."""
-    before = set(os.environ)
-    for name, value in (
-        ("UCX_WARN_UNUSED_ENV_VARS", "n"),
-        ("UCX_MEMTYPE_CACHE", "n"),  # it misses some of what torch allocates
-        ("UCX_DEBUG_SIGNO", "0"),  # else UCX takes SIGHUP, which no longer ends the process
-    ):
-        os.environ.setdefault(name, value)
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith("UCX_")]:
-            if name not in before:
-                del os.environ[name]
-
-
-with _environment():
-    from ucxx._lib import libucxx
-    from ucxx._lib.arr import Array
-
-#: What UCX raises.
-UcxError: Final[type[Exception]] = libucxx.UCXError
-
-#: Settings of UCX, unless the environment has others.
-_SETTINGS: Final = {
-    # With error handling UCX uses shared memory and reads the other process's memory (10 GB/s
-    # in place of 1.4) only if these say that both support it. What the second one promises is
-    # that nobody touches a failed endpoint's memory; here the other end may read it, at most.
-    "MM_ERROR_HANDLING": "y",
-    "CMA_MEMORY_INVALIDATE": "y",
-}
 #: Smaller parts share a message, since each costs some 5 µs at both ends.
 _OWN_MESSAGE_NBYTES: Final = 16 * KIB
 #: ... of this size.
@@ -79,42 +41,6 @@ _SEGMENT_NBYTES: Final = 8 * MIB
 _WINDOW_NBYTES: Final = 64 * MIB
 #: A cancelled transfer on an endpoint where nothing moves for so long ends with it.
 _PATIENCE_SECONDS: Final = 1.0
-
-
-class _Request(Protocol):
-    completed: bool
-
-    def check_error(self) -> None: ...
-
-
-class Endpoint(Protocol):
-    """The way to another process's worker."""
-
-    alive: bool
-
-    def tag_send(self, array: object, tag: object, /) -> _Request:
-        """Post a message."""
-        ...
-
-    def tag_recv(self, array: object, tag: object, /) -> _Request:
-        """Post a receive; ends with the endpoint, at the latest."""
-        ...
-
-    def close_blocking(self) -> None:
-        """Close it at once (it handles errors); what is pending ends with the next progress."""
-        ...
-
-
-class _Worker(Protocol):
-    address: Any
-    epoll_file_descriptor: int
-
-    def init_blocking_progress_mode(self) -> None: ...
-    def progress(self) -> None: ...
-    def arm(self) -> bool: ...
-    def create_endpoint_from_worker_address(
-        self, address: object, *, endpoint_error_handling: bool
-    ) -> Endpoint: ...
 
 
 def messages(views: Sequence[memoryview], *, shared: bool) -> Iterator[list[memoryview]]:
@@ -150,76 +76,83 @@ class Transfer(ABC):
         endpoint: Where they go to, or come from.
         tag: 64 bits that no other transfer to the same process uses.
         messages: Pieces of memory; those of one message are laid end to end in it.
+
+    Attributes:
+        in_flight: Bytes that UCX was given.
+        num_done: Messages that UCX has let go of.
+        error: Why it failed.
+        ended: Done when UCX has let go of all its memory (UCX-1).
     """
 
     def __init__(
         self, endpoint: Endpoint, tag: int, messages: Iterable[Sequence[memoryview]]
     ) -> None:
+        self.endpoint = endpoint
         self.in_flight = 0
         self.num_done = 0
-        self.error: Exception | None = None
+        self.error: UcxError | None = None
         self.ended: asyncio.Future[None] | None = None
-        self.endpoint = endpoint
-        self._tag = libucxx.UCXXTag(tag)
+        self._tag = tag
         self._left = deque(messages)
-        self._posted: deque[tuple[_Request, Sequence[memoryview], memoryview]] = deque()
+        self._posted: deque[tuple[Request, Sequence[memoryview]]] = deque()
         self._stopped = False
 
     @property
     def num_left(self) -> int:
-        """Messages that were not posted."""
+        """Messages that were not posted, or were taken back."""
         return len(self._left)
 
-    def stop(self) -> None:
-        """Post nothing more; it ends when what is posted has ended."""
+    def stop(self, ucp: Ucp) -> None:
+        """Post nothing more, and take back what can be; it ends when the rest has."""
         self._stopped = True
+        for request, _ in self._posted:
+            ucp.cancel(request)
 
-    def advance(self, room: int) -> bool:
+    def advance(self, ucp: Ucp, room: int) -> bool:
         """Take what UCX has completed, and post what fits into ``room`` bytes.
 
         Returns:
             Whether anything was posted.
         """
-        while self._posted and self._posted[0][0].completed:
-            request, message, memory = self._posted.popleft()
+        while self._posted and self._posted[0][0].done:
+            request, pieces = self._posted.popleft()
+            self.in_flight -= len(request.memory)
             self.num_done += 1
-            self.in_flight -= len(memory)
-            try:
-                request.check_error()
-            except UcxError as exc:
-                self._fail(exc)
+            if request.error is None:
+                self._landed(pieces, request.memory)
+            elif request.canceled and self._stopped:
+                self._left.append(pieces)
             else:
-                self._landed(message, memory)
+                self._fail(request.error, ucp)
         posted = False
-        while self._left and not self._stopped and (room > 0 or not self._posted):
-            message = self._left[0]
-            memory = self._memory(message)
-            try:
-                request = self._post(Array(memory))
-            except UcxError as exc:
-                self._fail(exc)
-                break
-            self._posted.append((request, self._left.popleft(), memory))
-            self.in_flight += len(memory)
-            room -= len(memory)
-            posted = True
+        try:
+            if self._posted and not self._stopped:
+                self.endpoint.check()  # receives that have met no message end with it, too
+            while self._left and not self._stopped and (room > 0 or not self._posted):
+                request = self._post(ucp, self._memory(self._left[0]))
+                self._posted.append((request, self._left.popleft()))
+                self.in_flight += len(request.memory)
+                room -= len(request.memory)
+                posted = True
+        except UcxError as exc:
+            self._fail(exc, ucp)
         if not self._posted and (self._stopped or not self._left) and self.ended is not None:
             settle(self.ended, None, self.error)
         return posted
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: UcxError, ucp: Ucp) -> None:
         self.error = self.error or error
-        self.stop()
+        self.stop(ucp)
 
     @abstractmethod
-    def _memory(self, message: Sequence[memoryview]) -> memoryview:
+    def _memory(self, pieces: Sequence[memoryview]) -> memoryview:
         """One run of memory for a message."""
 
     @abstractmethod
-    def _post(self, array: object) -> _Request: ...
+    def _post(self, ucp: Ucp, memory: memoryview) -> Request: ...
 
     @abstractmethod
-    def _landed(self, message: Sequence[memoryview], memory: memoryview) -> None:
+    def _landed(self, pieces: Sequence[memoryview], memory: memoryview) -> None:
         """A message is complete."""
 
 
@@ -227,15 +160,15 @@ class Outgoing(Transfer):
     """Messages to send."""
 
     @override
-    def _memory(self, message: Sequence[memoryview]) -> memoryview:
-        return message[0] if len(message) == 1 else memoryview(b"".join(message))
+    def _memory(self, pieces: Sequence[memoryview]) -> memoryview:
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     @override
-    def _post(self, array: object) -> _Request:
-        return self.endpoint.tag_send(array, self._tag)
+    def _post(self, ucp: Ucp, memory: memoryview) -> Request:
+        return self.endpoint.send(memory, self._tag)
 
     @override
-    def _landed(self, message: Sequence[memoryview], memory: memoryview) -> None:
+    def _landed(self, pieces: Sequence[memoryview], memory: memoryview) -> None:
         return
 
 
@@ -243,19 +176,20 @@ class Incoming(Transfer):
     """Messages to receive."""
 
     @override
-    def _memory(self, message: Sequence[memoryview]) -> memoryview:
-        return message[0] if len(message) == 1 else memoryview(bytearray(sum(map(len, message))))
+    def _memory(self, pieces: Sequence[memoryview]) -> memoryview:
+        return pieces[0] if len(pieces) == 1 else memoryview(bytearray(sum(map(len, pieces))))
 
     @override
-    def _post(self, array: object) -> _Request:
-        return self.endpoint.tag_recv(array, self._tag)
+    def _post(self, ucp: Ucp, memory: memoryview) -> Request:
+        self.endpoint.check()  # nothing would come
+        return ucp.receive(memory, self._tag)
 
     @override
-    def _landed(self, message: Sequence[memoryview], memory: memoryview) -> None:
-        if len(message) == 1:
+    def _landed(self, pieces: Sequence[memoryview], memory: memoryview) -> None:
+        if len(pieces) == 1:
             return
         position = 0
-        for piece in message:
+        for piece in pieces:
             piece[:] = memory[position : position + len(piece)]
             position += len(piece)
 
@@ -270,37 +204,28 @@ class Unwanted(Incoming):
         super().__init__(endpoint, tag, [[memoryview(bytearray(1))]] * count)
 
     @override
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: UcxError, ucp: Ucp) -> None:
         if not self.endpoint.alive:
-            super()._fail(error)
+            super()._fail(error, ucp)
 
 
 class UcxWorker:
     """UCX in this process. Lives on the loop of its thread, where all is to be called.
 
-    Made in a few milliseconds, the first one in 0.1 s.
-
     Args:
-        device: The network interface to use; ``None``: all.
+        device: As of `Ucp`.
 
     Attributes:
         address: What others need to make an endpoint to it.
+
+    Raises:
+        UcxError: UCX does not start.
     """
 
     def __init__(self, device: str | None) -> None:
-        settings = dict(_SETTINGS)
-        if device is not None:
-            settings["NET_DEVICES"] = device
-        chosen = {
-            name: value for name, value in settings.items() if f"UCX_{name}" not in os.environ
-        }
-        features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
-        with _environment():
-            context = libucxx.UCXContext(chosen, feature_flags=features)
-            self._worker: _Worker | None = libucxx.UCXWorker(context)
-        self._worker.init_blocking_progress_mode()
-        self.address: bytes = self._worker.address.tobytes()
-        self._fd = self._worker.epoll_file_descriptor
+        self._ucp: Ucp | None = Ucp(device)
+        self.address = self._ucp.address
+        self._fd = self._ucp.fd
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._progress)
         self._woken = False
@@ -309,17 +234,19 @@ class UcxWorker:
         self._endpoints: set[Endpoint] = set()
         self._wake()
 
+    @property
+    def _running(self) -> Ucp:
+        if self._ucp is None:
+            raise ClosedError("ucx was closed")
+        return self._ucp
+
     def connect(self, address: bytes) -> Endpoint:
         """Make an endpoint to another worker.
 
         Raises:
             UcxError: It cannot be reached.
         """
-        if self._worker is None:
-            raise ClosedError("ucx was closed")
-        endpoint = self._worker.create_endpoint_from_worker_address(
-            libucxx.UCXAddress.create_from_buffer(address), endpoint_error_handling=True
-        )
+        endpoint = self._running.connect(address)
         self._endpoints.add(endpoint)
         self._wake()
         return endpoint
@@ -328,7 +255,7 @@ class UcxWorker:
         """Close an endpoint; its transfers end with an error. Idempotent."""
         if endpoint in self._endpoints:
             self._endpoints.discard(endpoint)
-            endpoint.close_blocking()
+            endpoint.close()
             self._wake()
 
     async def carry_out(
@@ -336,7 +263,7 @@ class UcxWorker:
     ) -> None:
         """Carry out a transfer, and return when its memory is the caller's again (UCX-1).
 
-        When cancelled, ends as soon as what has been posted has come; the caller looks at
+        When cancelled, ends as soon as what has begun to come is there; the caller looks at
         `Transfer.num_left`.
 
         Args:
@@ -346,8 +273,7 @@ class UcxWorker:
         Raises:
             UcxError: It failed.
         """
-        if self._worker is None:
-            raise ClosedError("ucx was closed")
+        self._running  # noqa: B018  (raises)
         transfer.ended = self._loop.create_future()
         self._transfers.append(transfer)
         self._advance(transfer)
@@ -357,7 +283,7 @@ class UcxWorker:
         await finish(transfer.ended, lambda: self._stop(transfer))
 
     def _stop(self, transfer: Transfer) -> None:
-        transfer.stop()
+        transfer.stop(self._running)
         self._wake()
         self._loop.call_later(
             _PATIENCE_SECONDS, self._check_moving, transfer, self._state(transfer)
@@ -384,9 +310,9 @@ class UcxWorker:
 
     def _advance(self, transfer: Transfer) -> bool:
         if isinstance(transfer, Outgoing):
-            return transfer.advance(room=1 << 62)  # all at once: the other end sets the pace
+            return transfer.advance(self._running, 1 << 62)  # the other end sets the pace
         before = transfer.in_flight
-        posted = transfer.advance(_WINDOW_NBYTES - self._receiving)
+        posted = transfer.advance(self._running, _WINDOW_NBYTES - self._receiving)
         self._receiving += transfer.in_flight - before
         return posted
 
@@ -397,16 +323,15 @@ class UcxWorker:
 
     def _progress(self) -> None:
         """Let UCX do all that it can now, and see that it tells us when there is more."""
-        worker = self._worker
-        if worker is None:
+        if self._ucp is None:
             return
         self._woken = False
-        worker.progress()
+        self._ucp.progress()
         posted = False
         for transfer in self._transfers:
             posted |= self._advance(transfer)
         self._transfers = [each for each in self._transfers if each.ended and not each.ended.done()]
-        if posted or not worker.arm():
+        if posted or not self._ucp.arm():
             self._wake()
 
     async def aclose(self) -> None:
@@ -414,8 +339,8 @@ class UcxWorker:
         for endpoint in list(self._endpoints):
             self.disconnect(endpoint)
         while self._transfers:
-            with suppress(UcxError):
-                await asyncio.wait([each.ended for each in self._transfers if each.ended])
-        if self._worker is not None:
+            await asyncio.wait([each.ended for each in self._transfers if each.ended])
+            await asyncio.sleep(0)
+        if self._ucp is not None:
             self._loop.remove_reader(self._fd)
-            self._worker = None
+            self._ucp = None

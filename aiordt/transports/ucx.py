@@ -39,16 +39,17 @@ from aiordt._progress import IoThread, post, settle
 from aiordt._wire import unpack_items
 from aiordt.abc import Availability, Transport, TransportMessage
 from aiordt.transports import _ucx_link
+from aiordt.transports._ucp import UcxError
 from aiordt.transports._ucx_devices import missing_rdma, network_device
 from aiordt.transports._ucx_link import UcxLink, connect_endpoint, fields, packed
-from aiordt.transports._ucx_worker import Outgoing, UcxError, UcxWorker, messages
+from aiordt.transports._ucx_worker import Outgoing, UcxWorker, messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from aiordt._wire import Item, Message
     from aiordt.abc import Context, Peer
-    from aiordt.transports._ucx_worker import Endpoint
+    from aiordt.transports._ucp import Endpoint
 
 _T = TypeVar("_T")
 
@@ -143,7 +144,7 @@ class UcxTransport(Transport):
         self._links.add(link)
         try:
             await link.opened()
-        except UcxError as exc:
+        except (UcxError, ProtocolViolationError) as exc:
             error = await peer.verdict(exc, transport="ucx", nbytes=0)
             if not isinstance(error, TransferError):
                 raise error from exc

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 
 from aiordt.testing import Leaks, check_transport, process_pairs
-from aiordt.transports.cma import CmaTransport
-from aiordt.transports.tcp import TcpTransport
+from aiordt.transports import names, probe
 
 
-@pytest.mark.parametrize("transport", [CmaTransport, TcpTransport], ids=lambda each: each.name)
-async def test_conformance(transport: type[CmaTransport | TcpTransport]) -> None:
-    available = transport.probe()
+@pytest.mark.parametrize("name", names())
+async def test_conformance(name: str) -> None:
+    available = probe(name)
     if not available.usable:
-        pytest.skip(f"{transport.name}: {available.reason}")
+        pytest.skip(f"{name}: {available.reason}")
     leaks = Leaks()
-    with process_pairs(transport.name) as make_pair:
+    with process_pairs(name) as make_pair:
         await check_transport(make_pair)
     await leaks.wait_none()
