@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from array import array
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_size_t, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
 
 @contextmanager
@@ -56,8 +58,11 @@ for _name, _result, _arguments in (
 ):
     _function = getattr(_ucp, _name)
     _function.restype, _function.argtypes = _result, _arguments
-#: A ucp_request_param_t of which no field is set; more than large enough.
+#: A ucp_request_param_t (more than large enough) of which no field is set ...
 _NO_PARAM: Final = ctypes.create_string_buffer(256)
+#: ... and one whose field ``datatype`` says that there are several buffers (ucp_dt_iov_t).
+_IOV_PARAM: Final = ctypes.create_string_buffer(256)
+struct.pack_into("=I20xQ", _IOV_PARAM, 0, 1 << 3, 2)
 _ALL_BITS: Final = (1 << 64) - 1
 # ucs_status_t
 _OK: Final = 0
@@ -103,11 +108,21 @@ class _Worker(Protocol):
     ) -> _Endpoint: ...
 
 
+def _buffers(pieces: Sequence[memoryview]) -> tuple[int, int, object, object]:
+    """Memory as UCX is told of it: address, count, parameter; and what is to be kept for it."""
+    if len(pieces) == 1:
+        return Array(pieces[0]).ptr, len(pieces[0]), _NO_PARAM, pieces
+    entries = array("Q")
+    for piece in pieces:
+        entries.extend((Array(piece).ptr, len(piece)))
+    return entries.buffer_info()[0], len(pieces), _IOV_PARAM, (pieces, entries)
+
+
 class Request:
     """A message that UCX was given, and the memory that it has for that."""
 
-    def __init__(self, pointer: int | None, memory: memoryview) -> None:
-        self.memory = memory
+    def __init__(self, pointer: int | None, kept: object) -> None:
+        self._kept = kept
         self._pointer = pointer or 0
         self._status = _IN_PROGRESS if self._pointer else _OK
         if self._pointer > _ALL_BITS + _LAST_ERROR:
@@ -154,17 +169,15 @@ class Endpoint:
         if not self.alive:
             raise UcxError("the endpoint was closed")
 
-    def send(self, memory: memoryview, tag: int) -> Request:
-        """Post a message.
+    def send(self, pieces: Sequence[memoryview], tag: int) -> Request:
+        """Post a message: pieces of memory, laid end to end.
 
         Raises:
             UcxError: The endpoint was closed.
         """
         self.check()
-        address = Array(memory).ptr
-        return Request(
-            _ucp.ucp_tag_send_nbx(self._handle, address, len(memory), tag, _NO_PARAM), memory
-        )
+        address, count, param, kept = _buffers(pieces)
+        return Request(_ucp.ucp_tag_send_nbx(self._handle, address, count, tag, param), kept)
 
     def close(self) -> None:
         """Close it at once; what was sent ends with the next progress. Idempotent."""
@@ -222,12 +235,11 @@ class Ucp:
         except libucxx.UCXError as exc:
             raise UcxError(str(exc)) from exc
 
-    def receive(self, memory: memoryview, tag: int) -> Request:
-        """Post a receive, of a message from anywhere."""
-        address = Array(memory).ptr
+    def receive(self, pieces: Sequence[memoryview], tag: int) -> Request:
+        """Post a receive into pieces of memory, of a message from anywhere."""
+        address, count, param, kept = _buffers(pieces)
         return Request(
-            _ucp.ucp_tag_recv_nbx(self._handle, address, len(memory), tag, _ALL_BITS, _NO_PARAM),
-            memory,
+            _ucp.ucp_tag_recv_nbx(self._handle, address, count, tag, _ALL_BITS, param), kept
         )
 
     def cancel(self, request: Request) -> None:

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
     from aiordt.transports._ucp import Endpoint, Request
 
-#: Smaller parts share a message, since each costs some 5 µs at both ends.
-_OWN_MESSAGE_NBYTES: Final = 16 * KIB
-#: ... of this size.
+#: Smaller parts share a message, since each costs tens of microseconds ...
+_OWN_MESSAGE_NBYTES: Final = 64 * KIB
+#: ... up to this size and number.
 _SHARED_NBYTES: Final = 256 * KIB
+_SHARED_NUM: Final = 256
 #: No message is larger: a cancelled transfer waits for those that are on their way.
 _SEGMENT_NBYTES: Final = 8 * MIB
 #: Receives that UCX is given at once; a cancelled transfer has to wait for its own.
@@ -50,7 +51,7 @@ def messages(views: Sequence[memoryview], *, shared: bool) -> Iterator[list[memo
 
     Args:
         views: What is to be sent, or where it is to go.
-        shared: Whether small ones may share a message; not where the host cannot touch them.
+        shared: Whether small ones may share a message: not where they are on several devices.
     """
     small: list[memoryview] = []
     nbytes = 0
@@ -59,7 +60,7 @@ def messages(views: Sequence[memoryview], *, shared: bool) -> Iterator[list[memo
             if view:
                 small.append(view)
                 nbytes += len(view)
-            if nbytes >= _SHARED_NBYTES:
+            if nbytes >= _SHARED_NBYTES or len(small) == _SHARED_NUM:
                 yield small
                 small, nbytes = [], 0
             continue
@@ -116,23 +117,23 @@ class Transfer(ABC):
         """
         while self._posted and self._posted[0][0].done:
             request, pieces = self._posted.popleft()
-            self.in_flight -= len(request.memory)
+            self.in_flight -= sum(map(len, pieces))
             self.num_done += 1
-            if request.error is None:
-                self._landed(pieces, request.memory)
-            elif request.canceled and self._stopped:
+            if request.canceled and self._stopped:
                 self._left.append(pieces)
-            else:
+            elif request.error is not None:
                 self._fail(request.error, ucp)
         posted = False
         try:
             if self._posted and not self._stopped:
                 self.endpoint.check()  # receives that have met no message end with it, too
             while self._left and not self._stopped and (room > 0 or not self._posted):
-                request = self._post(ucp, self._memory(self._left[0]))
-                self._posted.append((request, self._left.popleft()))
-                self.in_flight += len(request.memory)
-                room -= len(request.memory)
+                pieces = self._left[0]
+                self._posted.append((self._post(ucp, pieces), pieces))
+                self._left.popleft()
+                nbytes = sum(map(len, pieces))
+                self.in_flight += nbytes
+                room -= nbytes
                 posted = True
         except UcxError as exc:
             self._fail(exc, ucp)
@@ -145,53 +146,24 @@ class Transfer(ABC):
         self.stop(ucp)
 
     @abstractmethod
-    def _memory(self, pieces: Sequence[memoryview]) -> memoryview:
-        """One run of memory for a message."""
-
-    @abstractmethod
-    def _post(self, ucp: Ucp, memory: memoryview) -> Request: ...
-
-    @abstractmethod
-    def _landed(self, pieces: Sequence[memoryview], memory: memoryview) -> None:
-        """A message is complete."""
+    def _post(self, ucp: Ucp, pieces: Sequence[memoryview]) -> Request: ...
 
 
 class Outgoing(Transfer):
     """Messages to send."""
 
     @override
-    def _memory(self, pieces: Sequence[memoryview]) -> memoryview:
-        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
-
-    @override
-    def _post(self, ucp: Ucp, memory: memoryview) -> Request:
-        return self.endpoint.send(memory, self._tag)
-
-    @override
-    def _landed(self, pieces: Sequence[memoryview], memory: memoryview) -> None:
-        return
+    def _post(self, ucp: Ucp, pieces: Sequence[memoryview]) -> Request:
+        return self.endpoint.send(pieces, self._tag)
 
 
 class Incoming(Transfer):
     """Messages to receive."""
 
     @override
-    def _memory(self, pieces: Sequence[memoryview]) -> memoryview:
-        return pieces[0] if len(pieces) == 1 else memoryview(bytearray(sum(map(len, pieces))))
-
-    @override
-    def _post(self, ucp: Ucp, memory: memoryview) -> Request:
+    def _post(self, ucp: Ucp, pieces: Sequence[memoryview]) -> Request:
         self.endpoint.check()  # nothing would come
-        return ucp.receive(memory, self._tag)
-
-    @override
-    def _landed(self, pieces: Sequence[memoryview], memory: memoryview) -> None:
-        if len(pieces) == 1:
-            return
-        position = 0
-        for piece in pieces:
-            piece[:] = memory[position : position + len(piece)]
-            position += len(piece)
+        return ucp.receive(pieces, self._tag)
 
 
 class Unwanted(Incoming):

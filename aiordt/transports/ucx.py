@@ -69,6 +69,7 @@ class UcxTransport(Transport):
     def __init__(self, context: Context) -> None:
         self.io = context.io
         self._source = context.source
+        self._closed = False
         self._thread: IoThread | None = None
         self._starting: asyncio.Task[UcxWorker] | None = None
         self._links: weakref.WeakSet[UcxLink] = weakref.WeakSet()
@@ -107,6 +108,8 @@ class UcxTransport(Transport):
         Raises:
             UcxError: UCX cannot start.
         """
+        if self._closed:
+            raise ClosedError("ucx was closed")
         if self._starting is None:
             self._thread = IoThread("ucx")
             self._starting = self.io.loop.create_task(
@@ -257,6 +260,7 @@ class UcxTransport(Transport):
 
     @override
     async def aclose(self) -> None:
+        self._closed = True
         thread, self._thread = self._thread, None
         if thread is None or self._starting is None:
             return

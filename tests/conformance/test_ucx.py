@@ -152,7 +152,7 @@ def test_messages_hold_every_byte_once_in_order(sizes: list[int], *, shared: boo
     assert sum(len(piece) for message in made for piece in message) == sum(sizes)
     assert shared or all(len(message) == 1 for message in made)
     assert all(sum(map(len, message)) <= 8 * MIB for message in made)
-    small = sum(size for size in sizes if size < 16 * KIB)
+    small = sum(size for size in sizes if size < 64 * KIB)
     assert sum(len(message) > 1 for message in made) <= 1 + small // (256 * KIB)
 
 
