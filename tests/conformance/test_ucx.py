@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(not probe("ucx").usable, reason=f"ucx: {probe('ucx').reason}")
 if probe("ucx").usable:
     from aiordt.transports._ucx_link import UcxLink
-    from aiordt.transports._ucx_worker import messages
+    from aiordt.transports._ucp import UcxError
+    from aiordt.transports._ucx_worker import Incoming, messages
     from aiordt.transports.ucx import UcxTransport
 
 #: Of a large read: several messages, more than are received at once.
@@ -323,6 +324,31 @@ async def test_a_dead_consumer_holds_nothing(
     ends.owner.close()
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["cancelled", "lost"])
+async def test_a_message_that_never_comes(ends: Ends, *, lost: bool) -> None:  # DTH-1, CAN-1
+    """As when the owner dies just before it sends, which shared memory does not tell."""
+    session = ends.link._session
+    assert session is not None
+    assert session.endpoint is not None
+    never = Incoming(
+        session.endpoint, ends.consuming.next_tag(), [[memoryview(bytearray(MIB))]] * 3
+    )
+    task = asyncio.create_task(ends.consuming.run(ends.consuming.worker.carry_out(never)))
+    await eventually(lambda: ends.consuming.worker._transfers, what="it waits")
+    if lost:
+        loop = ends.reader.io.loop
+        loop.call_soon_threadsafe(ends.consuming.forget, ends.owner.address.runtime_id)
+        with pytest.raises(UcxError):
+            await asyncio.wait_for(task, 2)
+    else:
+        task.cancel()
+        await asyncio.wait({task}, timeout=2)
+        assert task.cancelled()
+        assert never.num_left == 3, "all were taken back"
+        assert session.endpoint.alive
+    await ends.read()
+
+
 @pytest.mark.parametrize("end", ["cancelled", "killed"])
 async def test_an_owner_that_stands_still_in_a_message(
     monkeypatch: pytest.MonkeyPatch, end: str
@@ -479,3 +505,60 @@ def test_the_interface_of_an_address_is_found() -> None:
     assert _ucx_devices.interface_of("192.0.2.123") is None
     assert _ucx_devices.local_host("127.0.0.1") == "127.0.0.1"
     assert _ucx_devices.local_host("no address") is None
+
+
+_BOTH = """
+import asyncio, sys, torch
+from aiordt.abc import Part
+from aiordt.testing._process import _Half
+from nixl_cu13 import nixl_agent, nixl_agent_config
+
+def by_nixl():
+    config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+    owner, reader = nixl_agent("owner", config), nixl_agent("reader", config)
+    source = torch.arange(1 << 18)
+    target = torch.zeros_like(source)
+    owner.register_memory([source])
+    reader.register_memory([target])
+    name = reader.add_remote_agent(owner.get_agent_metadata())
+    there, here = owner.get_xfer_descs([source]), reader.get_xfer_descs([target])
+    transfer = reader.initialize_xfer("READ", here, there, name)
+    state = reader.transfer(transfer)
+    while state == "PROC":
+        owner.get_new_notifs()
+        state = reader.check_xfer_state(transfer)
+    assert state == "DONE" and torch.equal(target, source)
+    return owner, reader
+
+async def by_ucx():
+    owner, reader = _Half(), _Half()
+    source = torch.arange(1 << 18)
+    export = owner.registry.begin([source], "test")
+    owner.registry.commit(export, [object()])
+    link = await reader.connect("ucx", owner.address)
+    target = torch.zeros_like(source)
+    await link.read([Part(export.key, 0, 0, target.data_ptr(), target.nbytes)])
+    assert torch.equal(target, source)
+    await link.aclose()
+    reader.close()
+    owner.close()
+
+if sys.argv[1] == "nixl":
+    kept = by_nixl()
+for _ in range(2):
+    asyncio.run(by_ucx())
+    kept = by_nixl()
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("nixl_cu13") is None, reason="nixl_cu13 is not installed"
+)
+@pytest.mark.parametrize("first", ["nixl", "ucx"])
+def test_nixls_copy_of_ucx_is_in_the_same_process(first: str) -> None:
+    subprocess.run(  # noqa: S603
+        [sys.executable, "-c", _BOTH, first],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=60,
+    )
