@@ -15,7 +15,7 @@ import os
 import struct
 from array import array
 from contextlib import contextmanager
-from ctypes import c_char_p, c_int, c_size_t, c_uint64, c_void_p
+from ctypes import c_char_p, c_int8, c_size_t, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ _ucp: Final = ctypes.PyDLL(libucxx.__file__)
 for _name, _result, _arguments in (
     ("ucp_tag_send_nbx", c_void_p, (c_void_p, c_void_p, c_size_t, c_uint64, c_void_p)),
     ("ucp_tag_recv_nbx", c_void_p, (c_void_p, c_void_p, c_size_t, c_uint64, c_uint64, c_void_p)),
-    ("ucp_request_check_status", c_int, (c_void_p,)),
+    ("ucp_request_check_status", c_int8, (c_void_p,)),
     ("ucp_request_cancel", None, (c_void_p, c_void_p)),
     ("ucp_request_free", None, (c_void_p,)),
-    ("ucs_status_string", c_char_p, (c_int,)),
+    ("ucs_status_string", c_char_p, (c_int8,)),
 ):
     _function = getattr(_ucp, _name)
     _function.restype, _function.argtypes = _result, _arguments
@@ -64,7 +64,7 @@ _NO_PARAM: Final = ctypes.create_string_buffer(256)
 _IOV_PARAM: Final = ctypes.create_string_buffer(256)
 struct.pack_into("=I20xQ", _IOV_PARAM, 0, 1 << 3, 2)
 _ALL_BITS: Final = (1 << 64) - 1
-# ucs_status_t
+# ucs_status_t, a packed enum: one byte
 _OK: Final = 0
 _IN_PROGRESS: Final = 1
 _CANCELED: Final = -16

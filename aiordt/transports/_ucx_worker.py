@@ -113,7 +113,7 @@ class Transfer(ABC):
         """Take what UCX has completed, and post what fits into ``room`` bytes.
 
         Returns:
-            Whether anything was posted.
+            Whether anything was posted, or taken back: UCX has something to do.
         """
         while self._posted and self._posted[0][0].done:
             request, pieces = self._posted.popleft()
@@ -123,7 +123,7 @@ class Transfer(ABC):
                 self._left.append(pieces)
             elif request.error is not None:
                 self._fail(request.error, ucp)
-        posted = False
+        changed = False
         try:
             if self._posted and not self._stopped:
                 self.endpoint.check()  # receives that have met no message end with it, too
@@ -134,12 +134,13 @@ class Transfer(ABC):
                 nbytes = sum(map(len, pieces))
                 self.in_flight += nbytes
                 room -= nbytes
-                posted = True
+                changed = True
         except UcxError as exc:
             self._fail(exc, ucp)
+            changed = True
         if not self._posted and (self._stopped or not self._left) and self.ended is not None:
             settle(self.ended, None, self.error)
-        return posted
+        return changed
 
     def _fail(self, error: UcxError, ucp: Ucp) -> None:
         self.error = self.error or error
@@ -284,9 +285,9 @@ class UcxWorker:
         if isinstance(transfer, Outgoing):
             return transfer.advance(self._running, 1 << 62)  # the other end sets the pace
         before = transfer.in_flight
-        posted = transfer.advance(self._running, _WINDOW_NBYTES - self._receiving)
+        changed = transfer.advance(self._running, _WINDOW_NBYTES - self._receiving)
         self._receiving += transfer.in_flight - before
-        return posted
+        return changed
 
     def _wake(self) -> None:
         if not self._woken:
@@ -299,11 +300,11 @@ class UcxWorker:
             return
         self._woken = False
         self._ucp.progress()
-        posted = False
+        changed = False
         for transfer in self._transfers:
-            posted |= self._advance(transfer)
+            changed |= self._advance(transfer)
         self._transfers = [each for each in self._transfers if each.ended and not each.ended.done()]
-        if posted or not self._ucp.arm():
+        if changed or not self._ucp.arm():
             self._wake()
 
     async def aclose(self) -> None:

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not probe("ucx").usable, reason=f"ucx: {probe('ucx').reason}")
 if probe("ucx").usable:
-    from aiordt.transports._ucx_link import UcxLink
     from aiordt.transports._ucp import UcxError
+    from aiordt.transports._ucx_link import UcxLink
     from aiordt.transports._ucx_worker import Incoming, messages
     from aiordt.transports.ucx import UcxTransport
 
