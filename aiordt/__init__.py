@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from aiordt._actor import AsyncActor, method
+from aiordt._arena import empty, empty_like, zeros
 from aiordt._config import Config, configure
 from aiordt._errors import (
     AiordtError,
     AuthenticationError,
     ClosedError,
     GroupError,
+    OutOfMemoryError,
     OwnerDiedError,
     PeerLostError,
     RefPicklingError,
@@ -34,6 +36,7 @@ __all__ = [
     "Config",
     "Explanation",
     "GroupError",
+    "OutOfMemoryError",
     "Owner",
     "OwnerDiedError",
     "PeerLostError",
@@ -48,6 +51,8 @@ __all__ = [
     "UsageError",
     "as_completed",
     "configure",
+    "empty",
+    "empty_like",
     "explain",
     "get",
     "method",
@@ -55,4 +60,5 @@ __all__ = [
     "stats",
     "wait",
     "wait_tensor_freed",
+    "zeros",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final
 
 from aiordt._errors import InvalidTypeError, InvalidValueError, UsageError
@@ -12,12 +14,17 @@ from aiordt._types import GIB, KIB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from importlib.metadata import EntryPoint
 
 #: aiordt's own transports, in order of preference for host memory.
-TRANSPORTS: Final = ("cma", "tcp", "ucx")
+TRANSPORTS: Final = ("shm", "cma", "tcp", "ucx")
 #: Names that are taken for what is to come; asking for one says that it is not there yet.
-PLANNED: Final = ("shm", "nixl", "cuda_ipc")
+PLANNED: Final = ("nixl", "cuda_ipc")
 _ENV_PREFIX: Final = "AIORDT_"
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +38,13 @@ class Config:
         inline_result_nbytes: ... and up to this many bytes in one result.
         max_in_flight_bytes: Pulls beyond this many bytes wait their turn, first come first
             served; a larger single tensor is let in alone.
-        pool_nbytes: Receive memory kept for reuse; beyond it ordinary memory is used.
+        pool_nbytes: Receive memory kept for reuse; beyond it ordinary memory is used. As much
+            unused shared memory is kept, too.
+        arena_nbytes: Shared memory that `aiordt.empty` may take; half of the machine's.
+        max_exported_bytes: Exports beyond this many bytes of storages wait until earlier ones
+            are freed; a result that is larger by itself is refused. 0: no limit.
+        relay_nbytes: Shared memory for copies of other hosts' tensors, which the processes of
+            this host read instead of pulling the same bytes once more. 0: none.
         tcp_streams: Connections that one large tensor is spread over.
         transports: Transports that may be used, in order of preference.
     """
@@ -40,23 +53,39 @@ class Config:
     inline_result_nbytes: int = 64 * KIB
     max_in_flight_bytes: int = 2 * GIB
     pool_nbytes: int = 1 * GIB
+    arena_nbytes: int = field(default_factory=_half_of_memory)
+    max_exported_bytes: int = 0
+    relay_nbytes: int = 1 * GIB
     tcp_streams: int = 2
     transports: tuple[str, ...] = TRANSPORTS
 
     def __post_init__(self) -> None:
-        for name in ("inline_nbytes", "inline_result_nbytes", "pool_nbytes"):
+        for name in (
+            "inline_nbytes",
+            "inline_result_nbytes",
+            "pool_nbytes",
+            "max_exported_bytes",
+            "relay_nbytes",
+        ):
             _check_int(name, getattr(self, name), minimum=0)
-        for name in ("max_in_flight_bytes", "tcp_streams"):
+        for name in ("max_in_flight_bytes", "tcp_streams", "arena_nbytes"):
             _check_int(name, getattr(self, name), minimum=1)
         given: object = self.transports
         if not isinstance(given, tuple | list) or not all(isinstance(name, str) for name in given):
             raise InvalidTypeError(f"transports must be a sequence of str, not {self.transports!r}")
         object.__setattr__(self, "transports", tuple(self.transports))
-        unknown = [name for name in self.transports if name not in TRANSPORTS]
+        unknown = [name for name in self.transports if name not in (*TRANSPORTS, *others())]
         if unknown or not self.transports:
             raise InvalidValueError(
-                f"transports={self.transports!r}: choose at least one of {TRANSPORTS}"
+                f"transports={self.transports!r}: choose at least one of {(*TRANSPORTS, *others())}"
             )
+
+
+@functools.cache
+def others() -> dict[str, EntryPoint]:
+    """The transports that other packages bring, by name."""
+    entries = entry_points(group="aiordt.transports")
+    return {entry.name: entry for entry in entries if entry.name not in (*TRANSPORTS, *PLANNED)}
 
 
 def _check_int(name: str, value: object, *, minimum: int) -> None:
@@ -96,6 +125,7 @@ class _Settings:
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
         self.taken_by: str | None = None
+        self.taken: Config | None = None
 
 
 _settings = _Settings()
@@ -128,13 +158,22 @@ def configure(**options: Any) -> None:  # noqa: ANN401  (checked by Config)
     _settings.given = merged
 
 
+def peek() -> Config:
+    """The settings as they are now, whether a runtime has started or not."""
+    if _settings.taken is None:
+        return dataclasses.replace(from_environment(os.environ), **_settings.given)
+    return _settings.taken
+
+
 def take() -> Config:
     """The settings for a runtime that starts now; `configure` is refused from here on."""
     config = dataclasses.replace(from_environment(os.environ), **_settings.given)
     _settings.taken_by = "the runtime of this process has started"
+    _settings.taken = config
     return config
 
 
 def release() -> None:
     """The runtime has ended; `configure` may be called again."""
     _settings.taken_by = None
+    _settings.taken = None

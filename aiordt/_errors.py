@@ -7,6 +7,7 @@ Hierarchy::
     │   ├── InvalidValueError   ... and it is a ValueError
     │   ├── InvalidTypeError    ... and it is a TypeError
     │   └── RefPicklingError    ... and it is a pickle.PicklingError
+    ├── OutOfMemoryError        aiordt's memory is used up; and it is a MemoryError
     ├── UnavailableError        a transport cannot be used here; `reason` says why
     ├── TransferError           one transfer failed after it had started
     ├── OwnerDiedError          the process that held the tensor is gone
@@ -61,6 +62,14 @@ class RefPicklingError(UsageError, pickle.PicklingError):
 
     Ray cannot count such a copy: its tensor would stay pinned for ever.
     """
+
+
+class OutOfMemoryError(AiordtError, MemoryError):
+    """aiordt's shared memory is used up; the next call works once some was let go."""
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self.args, vars(self)  # MemoryError makes its objects in its own way
 
 
 class UnavailableError(AiordtError):

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from aiordt import _config, _wire
+from aiordt._arena import arena
 from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
 from aiordt._registry import check_exportable
+from aiordt._route import NOT_SHARED
 from aiordt._runtime import current
 from aiordt._tree import Flat
 from aiordt._types import DTYPE_CODES, MIB
@@ -39,10 +41,9 @@ def check_transport(name: str | None) -> None:
         return
     if not isinstance(name, str):
         raise InvalidTypeError(f"transport must be a str, not {type(name).__name__}")
-    if name not in (*_config.TRANSPORTS, *_config.PLANNED):
-        raise InvalidValueError(
-            f"there is no transport {name!r}; there are {', '.join(_config.TRANSPORTS)}"
-        )
+    known = (*_config.TRANSPORTS, *_config.others())
+    if name not in (*known, *_config.PLANNED):
+        raise InvalidValueError(f"there is no transport {name!r}; there are {', '.join(known)}")
 
 
 def is_tensor(value: object) -> bool:
@@ -88,6 +89,12 @@ class Exporting:
                     reason=available,
                     transport=self._transport,
                 )
+            if self._transport == "shm":
+                for tensor in self._tensors:
+                    if tensor.nbytes and not arena.locate(tensor.data_ptr()):
+                        raise UnavailableError(
+                            f"shm: {NOT_SHARED}", reason=NOT_SHARED, transport="shm"
+                        )
             return {}
         config = self.runtime.config
         room = config.inline_result_nbytes
@@ -123,16 +130,20 @@ class Exporting:
             copy.copy_(tensor.detach())
             self._tensors[index] = same_kind(copy, tensor)
 
-    def begin(self) -> int:
-        """Hold what is to be exported.
+    async def begin(self) -> int:
+        """Hold what is to be exported, once there is room for it.
 
         Returns:
             How many leases it needs.
         """
         if not self._exported:
             return 0
+        registry = self.runtime.registry
         tensors = [self._tensors[index] for index in self._exported]
-        self._export = self.runtime.registry.begin(tensors, self._label)
+        if registry.limited:
+            self._export = await registry.begin_when_room(tensors, self._label)
+        else:
+            self._export = registry.begin(tensors, self._label)
         return len(self._export.groups)
 
     def abandon(self) -> None:
@@ -191,6 +202,7 @@ def _describe(tensor: torch.Tensor, *, inline: bool) -> tuple[bytes, type[torch.
         tuple(tensor.shape),
         None if contiguous else tensor.stride(),
         0 if inline else tensor.data_ptr(),
+        0 if inline else arena.locate(tensor.data_ptr()),
     )
     return _wire.pack_meta(meta), cls
 
@@ -206,7 +218,7 @@ async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool
         else:
             with exporting.runtime.registry.holding(exporting.originals):  # REG-3
                 await finish(exporting.runtime.workers.run(exporting.clone))
-    count = exporting.begin()
+    count = await exporting.begin()
     try:
         markers = await exporting.runtime.markers.take(count) if count else []
     except BaseException:
@@ -222,7 +234,7 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
         return tree
     if exporting.clones:
         exporting.clone()
-    count = exporting.begin()
+    count = exporting.runtime.io.run_sync(exporting.begin())
     try:
         markers = exporting.runtime.markers.take_blocking(count) if count else []
     except BaseException:

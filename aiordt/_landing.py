@@ -85,6 +85,13 @@ def dtype_of(code: int) -> torch.dtype:
     return dtype
 
 
+def dense_stride_of(meta: TensorMeta) -> tuple[int, ...]:
+    """The strides of a tensor at its owner."""
+    if meta.stride is not None:
+        return meta.stride
+    return torch.empty(meta.shape, device="meta").stride()
+
+
 def num_bytes(meta: TensorMeta) -> int:
     """Size of a tensor, in bytes."""
     nbytes = ITEMSIZES[meta.dtype]

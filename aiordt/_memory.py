@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
@@ -93,22 +93,41 @@ class _Block:
                 self._map.madvise(mmap.MADV_HUGEPAGE, start - start % mmap.PAGESIZE, nbytes)
 
 
-class _Lent(ctypes.Array[ctypes.c_ubyte]):
-    """The buffer under a storage that was made on a pool block; gone when the storage is."""
+class Home(Protocol):
+    """Where lent memory comes from, and goes back to."""
+
+    def take_back(self, block: Any) -> None:  # noqa: ANN401
+        """Nothing can reach ``block`` any more. Called on any thread, at any moment."""
+        ...
+
+
+class Lent(ctypes.Array[ctypes.c_ubyte]):
+    """The buffer under a storage that was made on lent memory; gone when the storage is.
+
+    Attributes:
+        home: Who is told then.
+        block: What it is told.
+    """
 
     _type_ = ctypes.c_ubyte
-    _length_ = 0
-    pool: Pool
-    block: _Block
+    _length_ = (1 << 62) - 1  # whoever makes a storage on it says how much it needs
+    home: Home
+    block: object
 
     def __del__(self) -> None:
         block = self.__dict__.pop("block", None)
         if block is not None:
-            self.pool._take_back(block)  # noqa: SLF001
+            self.home.take_back(block)
 
 
-def _lent_type(nbytes: int) -> type[_Lent]:
-    return type("_Lent", (_Lent,), {"_type_": ctypes.c_ubyte, "_length_": nbytes})
+def lent_tensor(
+    address: int, numel: int, dtype: torch.dtype, home: Home, block: object
+) -> torch.Tensor:
+    """A flat tensor on lent memory, which ``home`` takes back when the storage dies."""
+    lent = Lent.from_address(address)
+    lent.home = home
+    lent.block = block
+    return torch.frombuffer(lent, dtype=dtype, count=numel)
 
 
 class Pool:
@@ -122,7 +141,6 @@ class Pool:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._free: dict[int, list[_Block]] = {}
-        self._types: dict[int, type[_Lent]] = {}
         self._closed = False
 
     @property
@@ -151,26 +169,18 @@ class Pool:
             if stride is None:
                 return torch.empty(shape, dtype=dtype)
             return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype)
-        flat = torch.frombuffer(self._lend(nbytes), dtype=dtype, count=numel)
-        if stride is None:
-            return flat.view(tuple(shape))
-        return flat.as_strided(tuple(shape), tuple(stride))
-
-    def _lend(self, nbytes: int) -> _Lent:
         size = block_nbytes(nbytes)
         try:
             block = self._free.setdefault(size, []).pop()
         except IndexError:
             block = _Block(size)
-        lent_type = self._types.get(size)
-        if lent_type is None:
-            lent_type = self._types.setdefault(size, _lent_type(size))
-        lent: _Lent = lent_type.from_address(block.address)
-        lent.pool = self
-        lent.block = block
-        return lent
+        flat = lent_tensor(block.address, numel, dtype, self, block)
+        if stride is None:
+            return flat.view(tuple(shape))
+        return flat.as_strided(tuple(shape), tuple(stride))
 
-    def _take_back(self, block: _Block) -> None:
+    def take_back(self, block: _Block) -> None:
+        """See `Home`."""
         if self._closed:
             return
         self._free.setdefault(block.nbytes, []).append(block)

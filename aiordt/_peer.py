@@ -18,6 +18,7 @@ import hmac
 import logging
 import os
 import socket
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -57,9 +58,13 @@ _WELCOME: Final = b"welcome"
 def _tune(sock: socket.socket, purpose: str) -> None:
     """No delay for small frames; a host that vanished is noticed within about 6 s.
 
+    A socket of this host needs neither.
+
     Only control connections give up on data that is not taken: a stream whose reader is
     stopped for a while must live. Its end comes with that of the control connection.
     """
+    if sock.family == socket.AF_UNIX:
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -96,11 +101,22 @@ async def _receive_exactly(sock: socket.socket, nbytes: int) -> bytes:
 
 
 class Network:
-    """This process's listener, and its connections to and from others."""
+    """This process's listeners, and its connections to and from others.
+
+    Args:
+        listener: Where others reach it over the network.
+        local: Where others of this host reach it, to be handed file descriptors; or ``None``.
+        runtime_id: Who this process is.
+        secret: Gives the cluster's secret.
+        handle: Answers requests.
+        accept: Takes payload streams.
+        lost: Is told when the last connection to a peer has ended.
+    """
 
     def __init__(
         self,
         listener: socket.socket,
+        local: socket.socket | None,
         runtime_id: bytes,
         *,
         secret: Callable[[], Awaitable[bytes]],
@@ -109,23 +125,26 @@ class Network:
         lost: Callable[[bytes], None],
     ) -> None:
         self.runtime_id = runtime_id
-        self._listener = listener
+        self._listeners = [listener] if local is None else [listener, local]
         self._secret = secret
         self._handle = handle
         self._accept = accept
         self._lost = lost
         self._connections: set[Connection] = set()
         self._handshakes: dict[asyncio.Task[None], None] = {}
-        self._serving: asyncio.Task[object] | None = None
+        self._serving: list[asyncio.Task[None]] = []
         self._closed = False
 
-    async def serve(self) -> None:
-        """Accept connections until closed."""
+    def start(self) -> None:
+        """Accept connections until closed. On the io loop."""
         loop = asyncio.get_running_loop()
-        self._serving = asyncio.current_task()
+        self._serving = [loop.create_task(self._serve(each)) for each in self._listeners]
+
+    async def _serve(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             try:
-                sock, address = await loop.sock_accept(self._listener)
+                sock, address = await loop.sock_accept(listener)
             except OSError as exc:
                 if self._closed or exc.errno == errno.EBADF:
                     return
@@ -136,7 +155,8 @@ class Network:
                 oldest = next(iter(self._handshakes))  # a real one takes some 2 ms
                 del self._handshakes[oldest]
                 oldest.cancel()
-            task = loop.create_task(self._greet(sock, f"{address[0]}:{address[1]}"))
+            name = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "this host"
+            task = loop.create_task(self._greet(sock, name))
             self._handshakes[task] = None
             task.add_done_callback(lambda task: self._handshakes.pop(task, None))
 
@@ -206,9 +226,9 @@ class Network:
             self._lost(connection.peer_id)
 
     async def connect(
-        self, address: PeerAddress, purpose: str, stream: bytes = b""
+        self, address: PeerAddress, purpose: str, stream: bytes = b"", *, local: bool = False
     ) -> tuple[socket.socket, tuple[Sealer, Sealer]]:
-        """Open and authenticate a connection.
+        """Open and authenticate a connection; ``local``: to its socket on this host.
 
         Raises:
             OwnerDiedError: Nobody, or another process, listens there.
@@ -220,12 +240,14 @@ class Network:
         hello = _wire.Hello(
             purpose, self.runtime_id, address.runtime_id, os.urandom(_wire.NONCE_NBYTES), stream
         )
-        sock = socket.socket(_family(address.host), socket.SOCK_STREAM)
+        family = socket.AF_UNIX if local else _family(address.host)
+        where = local_name(address.runtime_id) if local else (address.host, address.port)
+        sock = socket.socket(family, socket.SOCK_STREAM)
         sock.settimeout(0)
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 phase("peer.connecting")
-                await loop.sock_connect(sock, (address.host, address.port))
+                await loop.sock_connect(sock, where)
                 _tune(sock, purpose)
                 await _send_frame(sock, _wire.pack_hello(hello))
                 answer = await _receive_frame(sock)
@@ -265,10 +287,12 @@ class Network:
     async def aclose(self) -> None:
         """Stop listening and end all connections. Idempotent."""
         self._closed = True
-        if self._serving is not None:
-            self._serving.cancel()
-            await asyncio.wait({self._serving})
-        self._listener.close()
+        for task in self._serving:
+            task.cancel()
+        if self._serving:
+            await asyncio.wait(self._serving)
+        for listener in self._listeners:
+            listener.close()
         for task in list(self._handshakes):
             task.cancel()
         for connection in list(self._connections):
@@ -313,6 +337,26 @@ def listen(host: str) -> socket.socket:
     listener = socket.socket(_family(host), socket.SOCK_STREAM)
     try:
         listener.bind((host, 0))
+        listener.listen(1024)
+        listener.settimeout(0)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def local_name(runtime_id: bytes) -> bytes:
+    """The name of a process's local socket: abstract, so that no file is left behind."""
+    return b"\0aiordt-" + runtime_id.hex().encode()
+
+
+def listen_locally(runtime_id: bytes) -> socket.socket | None:
+    """A listener for processes of this host; ``None`` where the system has no such thing."""
+    if not sys.platform.startswith("linux"):
+        return None
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(local_name(runtime_id))
         listener.listen(1024)
         listener.settimeout(0)
     except BaseException:
@@ -370,6 +414,13 @@ class RemotePeer(Peer):
             sock, _ = await self._network.connect(self.address, _wire.STREAM, stream)
         except PeerLostError as exc:
             raise await self.verdict(exc, transport="stream", nbytes=0) from exc
+        sock.settimeout(None)
+        return sock
+
+    @override
+    async def open_local(self, stream: bytes) -> socket.socket:
+        await self._connected()
+        sock, _ = await self._network.connect(self.address, _wire.STREAM, stream, local=True)
         sock.settimeout(None)
         return sock
 

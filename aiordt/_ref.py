@@ -19,6 +19,7 @@ from aiordt.abc import PeerAddress
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from contextlib import AbstractAsyncContextManager
 
     from ray import ObjectRef
 
@@ -142,6 +143,32 @@ class TensorRef:
         self.inline = None
         self.lease = None
 
+    def view(self) -> AbstractAsyncContextManager[torch.Tensor]:
+        """See a tensor in shared memory without a copy: ``async with ref.view() as t:``.
+
+        Works for tensors that their owner, a process of this host, made by `aiordt.empty` (or
+        ``zeros``, ``empty_like``); for its own tensors; and for those that travel by value.
+
+        The tensor is to be read: it is mapped read-only where it is another process's, and a
+        write to it ends this process by a segmentation fault; a write to one's own changes it
+        for everybody. It is the owner's memory, so in-place changes by the owner show. The
+        owner's `wait_tensor_freed` waits for the end of the block; a tensor kept beyond that
+        stays readable, but may be overwritten.
+
+        Returns:
+            A context manager that gives the tensor, detached, with the owner's strides.
+
+        Raises:
+            UnavailableError: The tensor is not in shared memory, or not on this host.
+            OwnerDiedError: The process that held it is gone.
+            TensorFreedError: The ref was released.
+            ClosedError: The ref belongs to a Ray session that has ended.
+
+        Cost:
+            About 10 µs at any size; about 1 ms once for each of the owner's segments.
+        """
+        return _View(self)
+
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         return current_for(self).pull(self).__await__()
 
@@ -170,6 +197,21 @@ class TensorRef:
         how = "inline" if self.inline is not None else f"{self.nbytes} bytes"
         state = ", released" if self.released else ""
         return f"<TensorRef {describe(self)}, {how}, owner {self.owner}{state}>"
+
+
+class _View:
+    """The context manager behind `TensorRef.view`."""
+
+    def __init__(self, ref: TensorRef) -> None:
+        self._ref = ref
+        self._lease: Lease | None = None
+
+    async def __aenter__(self) -> torch.Tensor:
+        self._lease = self._ref.lease  # release() meanwhile must not free what is looked at
+        return await current_for(self._ref).view(self._ref)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._lease = None
 
 
 def _refused(ref: TensorRef) -> RefPicklingError:

@@ -17,6 +17,7 @@ import asyncio
 import threading
 import time
 import warnings
+from collections import deque
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -110,16 +111,34 @@ class _Waiter:
     storages: set[StorageKey]
 
 
-class Registry(Source):
-    """All exports of one runtime."""
+@dataclass(slots=True, eq=False)
+class _Queued:
+    """An export that waits for room."""
 
-    def __init__(self, workers: Workers) -> None:
+    export: Export
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+
+
+class Registry(Source):
+    """All exports of one runtime.
+
+    Args:
+        workers: Threads on which tensors are packed.
+        limit: Bytes of storages that may be exported at a time; 0: no limit.
+    """
+
+    def __init__(self, workers: Workers, limit: int = 0) -> None:
         self._workers = workers
+        self._limit = limit  # bytes of storages; 0: none
+        self._nbytes = 0
+        self._queue: deque[_Queued] = deque()
         self._lock = threading.RLock()  # a tensor's death inside it may run anything
         self._state: State[StorageKey] = State()
         self._exports: dict[bytes, Export] = {}
         self._leases: dict[object, tuple[Export, list[int]]] = {}
         self._waiters: dict[StorageKey, set[_Waiter]] = {}
+        self._ends: dict[bytes, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
 
     def begin(self, tensors: Sequence[torch.Tensor], label: str) -> Export:
         """Start an export; it holds its tensors' storages until `commit` or `abandon`.
@@ -127,6 +146,77 @@ class Registry(Source):
         Returns:
             The export, whose ``groups`` say how many leases it needs and for what.
         """
+        export = self._prepare(tensors, label)
+        self._hold(export)
+        return export
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit to exported bytes, so that `begin_when_room` is to be used."""
+        return self._limit > 0
+
+    async def begin_when_room(self, tensors: Sequence[torch.Tensor], label: str) -> Export:
+        """As `begin`, once the limit leaves room for it: first come, first served.
+
+        Raises:
+            InvalidValueError: It is over the limit by itself.
+            ClosedError: The registry was closed meanwhile.
+        """
+        export = self._prepare(tensors, label)
+        self._check_limit(export)
+        with self._lock:
+            if not self._queue and self._fits(export):
+                self._hold(export)
+                return export
+            loop = asyncio.get_running_loop()
+            queued = _Queued(export, loop, loop.create_future())
+            self._queue.append(queued)
+        try:
+            await queued.future
+        except asyncio.CancelledError:
+            with self._lock:
+                if queued in self._queue:
+                    self._queue.remove(queued)
+            self.abandon(export)  # it may have been let in at the same moment
+            with self._lock:
+                self._admit()
+            raise
+        return export
+
+    def _check_limit(self, export: Export) -> None:
+        nbytes = sum(size for _, size in set(export.storages))
+        if nbytes > self._limit:
+            raise InvalidValueError(
+                f"{export.label} exports {nbytes} bytes; max_exported_bytes is {self._limit}: "
+                "export less at a time, or allow more"
+            )
+
+    def _fits(self, export: Export) -> bool:
+        counts = self._state.counts
+        more = sum(key[1] for key in set(export.storages) if key not in counts)
+        return self._nbytes + more <= self._limit
+
+    def _hold(self, export: Export) -> None:
+        storages = frozenset(export.storages)
+        with self._lock:
+            self._exports[export.key] = export
+            self._held(export.key, storages)  # REG-3
+
+    def _held(self, holder: object, storages: frozenset[StorageKey]) -> None:
+        counts = self._state.counts
+        self._nbytes += sum(key[1] for key in storages if key not in counts)
+        step(self._state, Held(holder, storages))
+
+    def _admit(self) -> None:
+        """Let in what has room now."""
+        while self._queue and self._fits(self._queue[0].export):
+            queued = self._queue.popleft()
+            if not queued.loop.is_closed():  # else its waiter is gone with it
+                self._hold(queued.export)
+                post(queued.loop, settle, queued.future, None, None)
+
+    @staticmethod
+    def _prepare(tensors: Sequence[torch.Tensor], label: str) -> Export:
         small: list[int] = []
         large: dict[StorageKey, list[int]] = {}
         storages = list(map(storage_range, tensors))
@@ -136,7 +226,7 @@ class Registry(Source):
             else:
                 large.setdefault(where, []).append(index)
         groups = [*large.values(), *([small] if small else [])]
-        export = Export(
+        return Export(
             key=new_key(),
             tensors=list(tensors),
             storages=storages,
@@ -145,10 +235,6 @@ class Registry(Source):
             created=time.monotonic(),
             ready=_device.layer(tensors[0].device).record(tensors[0].device),
         )
-        with self._lock:
-            self._exports[export.key] = export
-            step(self._state, Held(export.key, frozenset(storages)))  # REG-3
-        return export
 
     def commit(self, export: Export, leases: Sequence[object]) -> None:
         """Let ``leases``, one for each group, hold the export from now on.
@@ -161,7 +247,7 @@ class Registry(Source):
                 raise ClosedError(f"Ray was shut down while {export.label} was being exported")
             for lease, group in zip(leases, export.groups, strict=True):
                 storages = frozenset(export.storages[index] for index in group)
-                step(self._state, Held(lease, storages))
+                self._held(lease, storages)
                 self._leases[lease] = (export, group)
             self._apply(step(self._state, Released(export.key)))
 
@@ -170,7 +256,7 @@ class Registry(Source):
         """Count these storages as in use, as when they are being read here."""
         holder = object()
         with self._lock:
-            step(self._state, Held(holder, frozenset(map(storage_range, tensors))))
+            self._held(holder, frozenset(map(storage_range, tensors)))
         try:
             yield
         finally:
@@ -197,15 +283,19 @@ class Registry(Source):
                     export.tensors[index] = None
                 if all(tensor is None for tensor in export.tensors):
                     self._exports.pop(export.key, None)
+                    self._ended(export.key)
                 self._apply(step(self._state, Released(lease)))
 
     def _apply(self, effects: list[Freed[StorageKey]]) -> None:
         for effect in effects:
             storage = effect.storage
+            self._nbytes -= storage[1]
             for waiter in self._waiters.pop(storage, ()):
                 waiter.storages.discard(storage)
                 if not waiter.storages:
                     post(waiter.loop, settle, waiter.future, None, None)
+        if self._queue:
+            self._admit()
 
     # --- waiting ---------------------------------------------------------------------------
 
@@ -316,13 +406,32 @@ class Registry(Source):
                 export.seen_by.add(peer_id)
             return export
 
+    async def wait_gone(self, key: bytes) -> None:
+        """Wait until an export is gone as a whole."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if key not in self._exports:
+                return
+            end = (loop, loop.create_future())
+            self._ends.setdefault(key, []).append(end)
+        try:
+            await end[1]
+        finally:
+            with self._lock:
+                if end in self._ends.get(key, ()):
+                    self._ends[key].remove(end)
+
+    def _ended(self, key: bytes) -> None:
+        for loop, future in self._ends.pop(key, ()):
+            post(loop, settle, future, None, None)
+
     def counts(self) -> tuple[int, int]:
         """Tensors exported, and the bytes of the storages behind them."""
         with self._lock:
             num_tensors = sum(
                 tensor is not None for export in self._exports.values() for tensor in export.tensors
             )
-            return num_tensors, sum(key[1] for key in self._state.counts)
+            return num_tensors, self._nbytes
 
     @override
     def exported(self, key: bytes, index: int) -> torch.Tensor:
@@ -371,9 +480,16 @@ class Registry(Source):
         with self._lock:
             waiters = {waiter for group in self._waiters.values() for waiter in group}
             self._waiters.clear()
+            for key in list(self._ends):
+                self._ended(key)
             self._exports.clear()
             self._leases.clear()
             self._state = State()
+            self._nbytes = 0
+            queued, self._queue = self._queue, deque()
+        for each in queued:
+            error = ClosedError(f"Ray was shut down while {each.export.label} waited for room")
+            post(each.loop, settle, each.future, None, error)
         for waiter in waiters:
             post(waiter.loop, settle, waiter.future, None, None)
 

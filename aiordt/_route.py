@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from aiordt._config import PLANNED
 from aiordt._errors import (
@@ -18,6 +18,7 @@ from aiordt._metrics import phase
 from aiordt._peer import RemotePeer
 from aiordt._progress import post
 from aiordt._types import Explanation
+from aiordt.abc import SharedLink
 from aiordt.transports import names, probe
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from aiordt.transports import Transports
 
 _log = logging.getLogger(__name__)
+
+#: Transports that move only some of a process's tensors, so they are no way to it in general.
+_PARTIAL: Final = frozenset({"shm"})
+NOT_SHARED: Final = "the tensor is not in shared memory: its owner can make it with aiordt.empty()"
 
 
 @dataclass(slots=True)
@@ -79,6 +84,17 @@ class Routes:
             return None if way is None else way.chosen
         link = way.links.get(forced)
         return None if link is None or isinstance(link, UnavailableError) else (forced, link)
+
+    def refused(self, peer_id: bytes, name: str) -> bool:
+        """Whether a transport was tried for a peer, and cannot work."""
+        way = self._ways.get(peer_id)
+        return way is not None and isinstance(way.links.get(name), UnavailableError)
+
+    @property
+    def mapped_nbytes(self) -> int:
+        """Bytes of other processes' memory that are mapped here."""
+        links = [link for way in list(self._ways.values()) for link in _links(way)]
+        return sum(link.mapped_nbytes for link in links if isinstance(link, SharedLink))
 
     def peer(self, address: PeerAddress) -> RemotePeer:
         """The peer at an address."""
@@ -177,6 +193,8 @@ class Routes:
         reasons = []
         lost: PeerLostError | None = None
         for name in self._preferred:
+            if name in _PARTIAL or probe(name).on_demand:
+                continue
             try:
                 link = await self._link(way, name)
             except (UnavailableError, PeerLostError) as exc:
@@ -199,13 +217,13 @@ class Routes:
             f"no transport reaches {owner}: {reason}", reason=reason, transport="any"
         )
 
-    async def explain(self, ref: Pullable, here: bytes, packed_by: str | None) -> Explanation:
+    async def explain(self, ref: Pullable, here: bytes, suited: str | None) -> Explanation:
         """See `aiordt.explain`.
 
         Args:
             ref: What would be pulled.
             here: This process's runtime id.
-            packed_by: The transport that is best for it because its owner packs it.
+            suited: The transport that suits it better than others, if there is one.
         """
         forced = ref.header.transport
         reasons: dict[str, str] = {}
@@ -222,23 +240,34 @@ class Routes:
             reasons["local"] = f"the owner is another process, {ref.header.owner}"
         elif chosen is None:
             chosen, reasons["local"] = "local", "this process owns the tensor: no copy"
-        first = () if packed_by is None else (packed_by,)
+        first = () if suited is None else (suited,)
         for name in dict.fromkeys((*first, *self._preferred, *names())):
             if chosen in {"local", "inline"}:
                 reasons[name] = "not needed"
-            elif forced is not None and name != forced:
-                reasons[name] = f"the exporter demanded {forced}"
+                continue
+            obstacle = await self._obstacle(ref, name, forced)
+            available = probe(name)
+            if obstacle:
+                reasons[name] = obstacle
+            elif available.on_demand and forced is None:
+                reasons[name] = f"usable; {available.reason}"
             else:
-                try:
-                    await self._link(self._way(ref.header.address), name)
-                except UnavailableError as exc:
-                    reasons[name] = exc.reason
-                    continue
-                except (PeerLostError, AuthenticationError) as exc:
-                    reasons[name] = str(exc)
-                    continue
                 reasons[name] = "usable" if chosen is None else f"usable; {chosen} is preferred"
-                if name == packed_by:
+                if name == suited == "tcp":
                     reasons[name] += "; the owner packs this tensor of many small pieces"
                 chosen = chosen or name
         return Explanation(chosen, reasons)
+
+    async def _obstacle(self, ref: Pullable, name: str, forced: str | None) -> str:
+        """Why a transport cannot move a tensor here; empty if it can."""
+        if forced is not None and name != forced:
+            return f"the exporter demanded {forced}"
+        if name in _PARTIAL and not ref.meta.segment:
+            return NOT_SHARED
+        try:
+            await self._link(self._way(ref.header.address), name)
+        except UnavailableError as exc:
+            return exc.reason
+        except (PeerLostError, AuthenticationError) as exc:
+            return str(exc)
+        return ""

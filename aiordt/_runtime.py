@@ -11,23 +11,26 @@ import ctypes
 import logging
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import torch
 
-from aiordt import _config, _ray, _wire
+from aiordt import _config, _ray, _relay, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
     OwnerDiedError,
     PeerLostError,
     TensorFreedError,
+    UnavailableError,
 )
 from aiordt._landing import (
     Header,
     Landing,
     Pullable,
     copy_into,
+    dense_stride_of,
     describe,
     dress,
     dtype_of,
@@ -36,14 +39,16 @@ from aiordt._landing import (
     prefers_packing,
     unpack_inline,
 )
+from aiordt._layout import span
 from aiordt._memory import Pool
 from aiordt._metrics import Counters, phase
-from aiordt._peer import Network, listen
+from aiordt._peer import Network, listen, listen_locally
 from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
 from aiordt._registry import Registry, warn_if_shared
-from aiordt._route import Routes
+from aiordt._relay import Relay
+from aiordt._route import NOT_SHARED, Routes
 from aiordt._types import MIB
-from aiordt.abc import Context, PeerAddress
+from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
@@ -82,7 +87,7 @@ class Runtime:
         self.pool = Pool(config.pool_nbytes)
         self.workers = Workers("worker", 4)
         self._ray_questions = Workers("ray", 2)  # may block for long when the network is cut
-        self.registry = Registry(self.workers)
+        self.registry = Registry(self.workers, config.max_exported_bytes)
         self.closed = False
         self._admission = Admission(config.max_in_flight_bytes)
         self._owner: Owner | None = None
@@ -109,6 +114,7 @@ class Runtime:
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
             listener,
+            listen_locally(runtime_id),
             runtime_id,
             secret=self._read_secret,
             handle=self._handle,
@@ -116,7 +122,15 @@ class Runtime:
             lost=self._lost,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
-        post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
+        self.relay = Relay(
+            self.address,
+            self.io,
+            routes=self.routes,
+            counters=self.counters,
+            workers=self.workers,
+            limit=config.relay_nbytes if "shm" in config.transports else 0,
+        )
+        post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
     @property
@@ -158,9 +172,16 @@ class Runtime:
                 if export is not None:
                     warn_if_shared(export)
             return None
+        if isinstance(message, TransportMessage) and message.transport == _relay.NAME:
+            watched = _relay.watched_key(message)
+            if watched is None:
+                return await self.relay.serve(message, peer_id)
+            await self.registry.wait_gone(watched)
+            return message
         return await self.transports.serve(message, peer_id)
 
     def _lost(self, peer_id: bytes) -> None:
+        self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)
 
@@ -183,7 +204,26 @@ class Runtime:
     async def explain(self, ref: Pullable) -> Explanation:
         """See `aiordt.explain`."""
         self._check(ref)
-        return await self.routes.explain(ref, self.address.runtime_id, self._packed_by(ref))
+        return await self.routes.explain(ref, self.address.runtime_id, self._suited(ref))
+
+    # --- looking ---------------------------------------------------------------------------
+
+    async def view(self, ref: Pullable) -> torch.Tensor:
+        """See `aiordt.TensorRef.view`."""
+        self._check(ref)
+        tensor = self._here(ref)
+        if tensor is not None:
+            self._came_along(ref)
+            return tensor.detach()
+        self._check_shared(ref, "shm")
+        meta = ref.meta
+        dtype = dtype_of(meta.dtype)
+        stride = dense_stride_of(meta)
+        nbytes = span(meta.shape, stride, dtype.itemsize)
+        _, link = await self._found(ref.header, "shm", None)
+        assert isinstance(link, SharedLink)  # noqa: S101  (what `shm` is)
+        flat = await link.view(meta.segment, meta.address, nbytes)
+        return flat.view(dtype).as_strided(meta.shape, stride)
 
     # --- pulling ---------------------------------------------------------------------------
 
@@ -217,7 +257,12 @@ class Runtime:
         if ref.meta.stride is not None:
             return None
         forced = transport or ref.header.transport
-        found = self.routes.known(ref.header.address.runtime_id, forced)
+        peer_id = ref.header.address.runtime_id
+        found = None
+        if forced is None and ref.meta.segment and not self.routes.refused(peer_id, "shm"):
+            found = self.routes.known(peer_id, "shm")
+        else:
+            found = self.routes.known(peer_id, forced)
         if found is None:
             return None
         name, link = found
@@ -230,7 +275,8 @@ class Runtime:
         if not link.read_nowait([landing.part]):
             return None
         self._inline_nbytes += nbytes
-        self._arrived([ref], name, nbytes)
+        self.counters.pulled(name, 1, nbytes)
+        self._arrived([ref])
         return landing.finish()
 
     async def pull(self, ref: Pullable, transport: str | None = None) -> torch.Tensor:
@@ -262,22 +308,24 @@ class Runtime:
         self._inline_nbytes = 0
         await asyncio.sleep(0)
         results: list[torch.Tensor | None] = [None] * len(refs)
-        batches: dict[tuple[bytes, str | None], list[int]] = {}
+        batches: dict[tuple[bytes, str | None, str | None], list[int]] = {}
         for index, ref in enumerate(refs):
             self._check(ref)
             tensor = self._here(ref)
             if tensor is None:
-                forced = transport or ref.header.transport or self._packed_by(ref)
-                batches.setdefault((ref.header.address.runtime_id, forced), []).append(index)
+                forced = transport or ref.header.transport
+                self._check_shared(ref, forced)
+                way = (ref.header.address.runtime_id, forced, self._suited(ref))
+                batches.setdefault(way, []).append(index)
                 continue
             self._came_along(ref)
             results[index] = tensor
             if into is not None:
                 results[index] = await self._copied(into[index], tensor)
 
-        async def pull_batch(forced: str | None, indices: list[int]) -> None:
+        async def pull_batch(forced: str | None, suited: str | None, indices: list[int]) -> None:
             header = refs[indices[0]].header
-            name, link = await self._found(header, forced)
+            name, link = await self._found(header, forced, suited)
             for some in self._admissible(refs, indices):
                 batch = [refs[index] for index in some]
                 targets = None if into is None else [into[index] for index in some]
@@ -286,17 +334,41 @@ class Runtime:
                     results[index] = tensor
 
         if batches:
-            await run_all([pull_batch(forced, indices) for (_, forced), indices in batches.items()])
+            await run_all(
+                [
+                    pull_batch(forced, suited, indices)
+                    for (_, forced, suited), indices in batches.items()
+                ]
+            )
         del leases
         return [tensor for tensor in results if tensor is not None]
 
-    def _packed_by(self, ref: Pullable) -> str | None:
-        """The transport for a tensor of tiny pieces: one whose owner packs them first."""
-        wanted = prefers_packing(ref.meta) and "tcp" in self.config.transports
-        return "tcp" if wanted else None
+    def _suited(self, ref: Pullable) -> str | None:
+        """The transport that suits a tensor better than the way to its owner in general.
 
-    async def _found(self, header: Header, forced: str | None) -> tuple[str, Link]:
+        Shared memory if it lies there; for one of tiny pieces, a link whose owner packs them.
+        """
+        allowed = self.config.transports
+        peer_id = ref.header.address.runtime_id
+        if ref.meta.segment and "shm" in allowed and not self.routes.refused(peer_id, "shm"):
+            return "shm"
+        return "tcp" if prefers_packing(ref.meta) and "tcp" in allowed else None
+
+    @staticmethod
+    def _check_shared(ref: Pullable, forced: str | None) -> None:
+        if forced == "shm" and not ref.meta.segment:
+            reason = NOT_SHARED
+            raise UnavailableError(
+                f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
+            )
+
+    async def _found(
+        self, header: Header, forced: str | None, suited: str | None
+    ) -> tuple[str, Link]:
         try:
+            if forced is None and suited is not None:
+                with suppress(UnavailableError):  # remembered: it is not tried again
+                    return await self.routes.find(header.address, header.owner, suited)
             return await self.routes.find(header.address, header.owner, forced)
         except OwnerDiedError as exc:
             raise _died(header.owner, exc) from exc
@@ -347,8 +419,11 @@ class Runtime:
 
             landings = prepare()
             parts = [landing.part for landing in landings]
+            relayed = self.relay.wants(name, parts)
             try:
-                if not link.read_nowait(parts):
+                if relayed:
+                    await self.relay.read(refs[0].header.address, parts, name, link)
+                elif not link.read_nowait(parts):
                     await link.read(parts)
             except OwnerDiedError as exc:
                 raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
@@ -361,7 +436,9 @@ class Runtime:
         finally:
             self.counters.ended(len(refs))
             self._admission.release(nbytes)
-        self._arrived(refs, name, sum(part.nbytes for part in parts))
+        if not relayed:
+            self.counters.pulled(name, len(refs), sum(part.nbytes for part in parts))
+        self._arrived(refs)
         if sum(landing.copy_nbytes for landing in landings) > _COPY_ON_LOOP_NBYTES:
             work = self.workers.run(lambda: [landing.finish() for landing in landings])
             return await finish(work)  # OWN-1: it may write to the caller's tensors
@@ -376,8 +453,7 @@ class Runtime:
         if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
             self.counters.pulled("inline", 1, len(ref.inline))
 
-    def _arrived(self, refs: Sequence[Pullable], name: str, nbytes: int) -> None:
-        self.counters.pulled(name, len(refs), nbytes)
+    def _arrived(self, refs: Sequence[Pullable]) -> None:
         for ref in refs:
             if not ref.header.noted:
                 ref.header.noted = True
@@ -394,6 +470,7 @@ class Runtime:
         self.registry.close()
 
         async def cleanup() -> None:
+            await self.relay.aclose()
             await self._network.aclose()
             await self.routes.aclose()
             await self.transports.aclose()

@@ -109,6 +109,9 @@ class Stats:
         bytes_pulled: Payload bytes that crossed a process boundary into this process.
         in_flight: Tensors being received now.
         pool_bytes: Bytes of receive memory kept for reuse.
+        arena_bytes: Bytes of shared memory that this process has.
+        arena_used_bytes: ... and of it, what tensors have now.
+        mapped_bytes: Bytes of other processes' shared memory that are mapped here.
         by_transport: Per transport, the pulls and their bytes.
     """
 
@@ -119,6 +122,9 @@ class Stats:
     bytes_pulled: int
     in_flight: int
     pool_bytes: int
+    arena_bytes: int
+    arena_used_bytes: int
+    mapped_bytes: int
     by_transport: Mapping[str, TransportStats]
 
 

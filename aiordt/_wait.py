@@ -10,6 +10,7 @@ import torch
 from ray import ObjectRef
 
 from aiordt import _ray, _ref
+from aiordt._arena import arena
 from aiordt._errors import ClosedError, InvalidTypeError, InvalidValueError
 from aiordt._export import check_transport, is_tensor
 from aiordt._get import get, is_ref
@@ -258,7 +259,8 @@ def stats() -> Stats:
     """A snapshot of what this process exports, holds and has received."""
     runtime = current_or_none()
     if runtime is None:
-        return Stats(0, 0, len(_ref.live), 0, 0, 0, 0, Tally({}))
+        shared = arena.nbytes, arena.used_nbytes
+        return Stats(0, 0, len(_ref.live), 0, 0, 0, 0, *shared, 0, Tally({}))
     exports, exported_bytes = runtime.registry.counts()
     by_transport = runtime.counters.by_transport()
     return Stats(
@@ -269,5 +271,8 @@ def stats() -> Stats:
         bytes_pulled=sum(entry.nbytes for entry in by_transport.values()),
         in_flight=runtime.counters.in_flight,
         pool_bytes=runtime.pool.idle_nbytes,
+        arena_bytes=arena.nbytes,
+        arena_used_bytes=arena.used_nbytes,
+        mapped_bytes=runtime.routes.mapped_nbytes,
         by_transport=by_transport,
     )

@@ -49,6 +49,7 @@ __all__ = [
     "Peer",
     "PeerAddress",
     "Served",
+    "SharedLink",
     "Source",
     "Transport",
     "TransportMessage",
@@ -240,6 +241,14 @@ class Peer(ABC):
         """
 
     @abstractmethod
+    async def open_local(self, stream: bytes) -> socket.socket:
+        """As `open_stream`, over a socket of this host, which can carry file descriptors.
+
+        Raises:
+            OwnerDiedError: There is no such socket here: on another host, or gone.
+        """
+
+    @abstractmethod
     async def verdict(self, cause: Exception, *, transport: str, nbytes: int) -> Exception:
         """The error to raise for ``cause``; takes at most a second to find out.
 
@@ -286,6 +295,34 @@ class Link(AsyncResource):
             OwnerDiedError: The other process is gone.
             TensorFreedError: A part is not exported (two-sided transports only).
             TransferError: The transfer failed.
+            ClosedError: This link was closed.
+        """
+
+
+class SharedLink(Link):
+    """A link through which the other process's memory can be seen without a copy.
+
+    Attributes:
+        mapped_nbytes: Bytes of that memory that are mapped here.
+    """
+
+    @property
+    @abstractmethod
+    def mapped_nbytes(self) -> int:
+        """See above."""
+
+    @abstractmethod
+    async def view(self, segment: int, address: int, nbytes: int) -> torch.Tensor:
+        """The owner's memory itself, as a flat tensor of bytes; callable from any event loop.
+
+        Args:
+            segment: Number of the owner's segment.
+            address: Where the bytes are, in the owner.
+            nbytes: How many.
+
+        Raises:
+            OwnerDiedError: The other process is gone.
+            TransferError: It cannot be mapped here.
             ClosedError: This link was closed.
         """
 

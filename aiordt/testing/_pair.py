@@ -27,12 +27,14 @@ class Exported:
         index: Which tensor of the export.
         address: Address of its element 0 over there.
         like: A tensor here with its shape, strides, dtype and content.
+        segment: Number of the shared segment that it is in over there; 0: in none.
     """
 
     key: bytes
     index: int
     address: int
     like: torch.Tensor
+    segment: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -54,11 +56,12 @@ class Exported:
         if not self.like.is_contiguous():
             source = in_memory_order(self.like)
             cut = Cut(0, tuple(source.shape), source.stride(), self.like.itemsize)
-        return Part(self.key, self.index, self.address, target, self.nbytes, cut)
+        return Part(self.key, self.index, self.address, target, self.nbytes, cut, self.segment)
 
     def bogus(self) -> Exported:
         """The same, but not exported: a key that nobody has, at an address that is not mapped."""
-        return replace(self, key=os.urandom(16), address=4096)
+        segment = 1 << 40 if self.segment else 0
+        return replace(self, key=os.urandom(16), address=4096, segment=segment)
 
 
 class Pair(AsyncResource):

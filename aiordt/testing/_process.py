@@ -24,13 +24,14 @@ import torch
 from typing_extensions import override
 
 from aiordt import _wire
+from aiordt._arena import arena
 from aiordt._config import Config
 from aiordt._memory import view_memory
-from aiordt._peer import Network, RemotePeer, listen
+from aiordt._peer import Network, RemotePeer, listen, listen_locally
 from aiordt._progress import IoThread, Workers, post
 from aiordt._registry import Registry
 from aiordt._types import DTYPE_CODES, DTYPES
-from aiordt.abc import Context, PeerAddress
+from aiordt.abc import Context, PeerAddress, SharedLink
 from aiordt.testing._pair import Exported, Pair
 from aiordt.transports import Transports, names
 from aiordt.transports.cma import allow_readers, host_id
@@ -73,13 +74,14 @@ class _Half:
         allow_readers()
         self._network = Network(
             listener,
+            listen_locally(runtime_id),
             runtime_id,
             secret=self._secret,
             handle=self.transports.serve,
             accept=self.transports.accept,
             lost=self.transports.forget,
         )
-        post(self.io.loop, lambda: self.io.spawn(self._network.serve()))
+        post(self.io.loop, self._network.start)
 
     @staticmethod
     async def _secret() -> bytes:
@@ -140,11 +142,14 @@ def _pack(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], 
     return DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride(), memory
 
 
-def _unpack(packed: list[Any]) -> torch.Tensor:
+def _unpack(packed: list[Any], *, shared: bool) -> torch.Tensor:
     code, shape, stride, memory = packed
     dtype = DTYPES[code]
     flat = torch.frombuffer(bytearray(memory), dtype=dtype) if memory else torch.empty(0)
-    return flat.to(dtype).as_strided(shape, stride)
+    flat = flat.to(dtype)
+    if shared:
+        flat = arena.empty(flat.shape, flat.dtype).copy_(flat)
+    return flat.as_strided(shape, stride)
 
 
 def _compute() -> None:
@@ -168,10 +173,12 @@ def serve(fd: int, *, busy: bool) -> None:
     _send(control, dataclasses.astuple(half.address))
     with suppress(EOFError, ConnectionError):
         while True:
-            tensors = [_unpack(packed) for packed in _receive(control)]
+            shared, packed = _receive(control)
+            tensors = [_unpack(each, shared=shared) for each in packed]
             export = half.registry.begin(tensors, "testing")
             half.registry.commit(export, [object() for _ in export.groups])
-            _send(control, [export.key, [tensor.data_ptr() for tensor in tensors]])
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            _send(control, [export.key, addresses, list(map(arena.locate, addresses))])
     os._exit(0)
 
 
@@ -214,13 +221,20 @@ class ServingProcess:
         """Whether it is still there."""
         return self.process.poll() is None
 
-    def export(self, tensors: Sequence[torch.Tensor]) -> list[Exported]:
-        """Make it export copies of ``tensors``; blocks for as long as it takes."""
-        _send(self._control, [_pack(tensor) for tensor in tensors])
-        key, addresses = _receive(self._control)
+    def export(self, tensors: Sequence[torch.Tensor], *, shared: bool = False) -> list[Exported]:
+        """Make it export copies of ``tensors``; blocks for as long as it takes.
+
+        Args:
+            tensors: What to export.
+            shared: Whether the copies are to lie in shared memory.
+        """
+        _send(self._control, [shared, [_pack(tensor) for tensor in tensors]])
+        key, addresses, segments = _receive(self._control)
         return [
-            Exported(key, index, address, tensor)
-            for index, (address, tensor) in enumerate(zip(addresses, tensors, strict=True))
+            Exported(key, index, address, tensor, segment)
+            for index, (address, segment, tensor) in enumerate(
+                zip(addresses, segments, tensors, strict=True)
+            )
         ]
 
     def stop(self) -> None:
@@ -244,17 +258,15 @@ class ServingProcess:
 
 
 class _ProcessPair(Pair):
-    def __init__(
-        self, half: _Half, link: Link, process: ServingProcess, *, can_pause: bool
-    ) -> None:
+    def __init__(self, half: _Half, link: Link, process: ServingProcess) -> None:
         self.link = link
-        self.can_pause = can_pause
+        self.can_pause = link.packs  # a one-sided link needs nothing of the other process
         self._half = half
         self._process = process
 
     @override
     async def export(self, tensors: Sequence[torch.Tensor]) -> list[Exported]:
-        return self._process.export(tensors)
+        return self._process.export(tensors, shared=isinstance(self.link, SharedLink))
 
     @override
     async def kill(self) -> None:
@@ -284,7 +296,7 @@ class process_pairs:  # noqa: N801  (used as a function)
             await check_transport(make_pair)
 
     Args:
-        transport: ``"cma"`` or ``"tcp"``.
+        transport: Its name.
         busy: As of `ServingProcess`.
     """
 
@@ -317,4 +329,4 @@ class process_pairs:  # noqa: N801  (used as a function)
         except BaseException:
             half.close()
             raise
-        return _ProcessPair(half, link, process, can_pause=link.packs)
+        return _ProcessPair(half, link, process)

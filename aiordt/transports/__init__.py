@@ -10,15 +10,14 @@ import asyncio
 import functools
 import importlib
 import importlib.util
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiordt._config import others
 from aiordt._errors import InvalidTypeError, UnavailableError
 from aiordt.abc import Availability, Transport, TransportMessage
 
 if TYPE_CHECKING:
     import socket
-    from importlib.metadata import EntryPoint
 
     from aiordt._progress import Workers
     from aiordt._wire import Message
@@ -42,20 +41,14 @@ class _Place(NamedTuple):
 
 
 _OURS: Final = {
+    "shm": _Place("aiordt.transports.shm", "ShmTransport"),
     "cma": _Place("aiordt.transports.cma", "CmaTransport"),
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
     "ucx": _Place("aiordt.transports.ucx", "UcxTransport", "ucxx", "ucx"),
 }
 #: Those whose import costs nothing; the others are imported on a worker thread.
 _LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.vendor)
-_SERVING: Final = ("tcp",)
-_GROUP: Final = "aiordt.transports"
-
-
-@functools.cache
-def others() -> dict[str, EntryPoint]:
-    """The transports of other packages, by name."""
-    return {entry.name: entry for entry in entry_points(group=_GROUP) if entry.name not in _OURS}
+_SERVING: Final = ("shm", "tcp")
 
 
 def names() -> tuple[str, ...]:
@@ -107,7 +100,9 @@ class Transports:
         self._workers = workers
         self._making: dict[str, asyncio.Future[Transport]] = {}
         # What serves peers that need not ask for it by name is there from the start.
-        self.made: dict[str, Transport] = {name: load(name)(context) for name in _SERVING}
+        self.made: dict[str, Transport] = {
+            name: load(name)(context) for name in _SERVING if name in context.config.transports
+        }
 
     async def get(self, name: str) -> Transport:
         """The transport of that name; callable from any loop.

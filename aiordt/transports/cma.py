@@ -14,14 +14,12 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import errno
 import os
 import select
 import struct
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
@@ -29,10 +27,10 @@ import numpy as np
 from typing_extensions import override
 
 from aiordt._errors import ClosedError, OwnerDiedError, TransferError, UnavailableError
-from aiordt._metrics import phase
-from aiordt._progress import Workers, finish, post, settle
+from aiordt._progress import Workers, finish
 from aiordt._types import MIB
 from aiordt.abc import Availability, Link, Transport
+from aiordt.transports._job import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +42,6 @@ INLINE_NBYTES: Final = 1 * MIB
 #: Two readers with 1 MiB chunks keep the loop's lag at 0.3 ms; larger chunks do not.
 CHUNK_NBYTES: Final = 1 * MIB
 NUM_READERS: Final = 2
-#: Chunks that one job of a reader does before it lets another transfer's job run.
-_TURN: Final = 16
 _IOV_MAX: Final = 1024
 _IOVEC: Final = struct.Struct("QQ")
 _TOKEN_NBYTES: Final = 16
@@ -76,8 +72,6 @@ def _load() -> _Readv | None:
 
 
 _readv = _load()
-# Not os.sched_yield, which keeps the GIL: the loop's thread would wake only to wait for it.
-_sched_yield: Callable[[], int] = ctypes.CDLL(None).sched_yield
 
 
 def host_id() -> bytes:
@@ -162,7 +156,7 @@ class CmaLink(Link):
         self.death_fd = pidfd
         self._name = name
         self._workers = workers
-        self._jobs: set[_Job] = set()
+        self._jobs: set[Job[_Chunk]] = set()
         self._closed = False
 
     @override
@@ -189,7 +183,7 @@ class CmaLink(Link):
     async def read(self, parts: Sequence[Part]) -> None:
         self._check_open()
         total = sum(part.nbytes for part in parts)
-        job = _Job(self, _chunks(parts), total)
+        job = Job(_chunks(parts), lambda chunk: self._read_chunk(chunk, total), "cma.chunk")
         readers = NUM_READERS if total > CHUNK_NBYTES else 1
         self._jobs.add(job)
         try:
@@ -260,64 +254,6 @@ def _skip(remote: bytes, nbytes: int) -> bytes:
         address, length = pieces[0]
         pieces[0] = (address + nbytes, length - nbytes)
     return b"".join(_IOVEC.pack(*piece) for piece in pieces)
-
-
-class _Job:
-    """One read, done by a few workers that take chunks from a common pile in turns."""
-
-    def __init__(self, link: CmaLink, chunks: Iterator[_Chunk], total: int) -> None:
-        self._link = link
-        self._chunks = chunks
-        self._lock = threading.Lock()
-        self._total = total
-        self._stopped = False
-
-    def start(self, workers: Workers, readers: int) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        active = [None] * readers  # popped when a reader ends; the last one completes
-        errors: list[Exception] = []
-
-        def turn() -> None:
-            try:
-                for _ in range(_TURN):
-                    chunk = self._next()
-                    if chunk is None:
-                        break
-                    phase("cma.chunk")
-                    self._link._read_chunk(chunk, self._total)  # noqa: SLF001
-                    # The scheduler lets a reader finish its slice of 3 ms before a loop that
-                    # woke up on the same core; asking after each chunk brings that loop's
-                    # lag from 2 ms to 0.5 ms (p99, 2 cores), and costs nothing when idle.
-                    _sched_yield()
-                else:
-                    workers.submit(turn)  # to the end of the queue: others get their turn
-                    return
-            except Exception as exc:  # noqa: BLE001  (handed to the waiter)
-                errors.append(exc)
-                self._stopped = True
-            end()
-
-        def end() -> None:
-            active.pop()
-            if not active:
-                post(loop, settle, future, None, errors[0] if errors else None)
-
-        for _ in range(readers):
-            try:
-                workers.submit(turn)
-            except ClosedError as exc:
-                errors.append(exc)
-                self._stopped = True
-                end()  # the readers that did start are waited for
-        return future
-
-    def _next(self) -> _Chunk | None:
-        with self._lock:
-            return None if self._stopped else next(self._chunks, None)
-
-    def stop(self) -> None:
-        self._stopped = True
 
 
 class CmaTransport(Transport):

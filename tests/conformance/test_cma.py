@@ -50,6 +50,10 @@ class Known(Peer):
         raise AssertionError
 
     @override
+    async def open_local(self, stream: bytes) -> socket.socket:
+        raise AssertionError
+
+    @override
     async def verdict(self, cause: Exception, *, transport: str, nbytes: int) -> Exception:
         raise AssertionError
 

@@ -84,7 +84,9 @@ async def until(condition: Callable[[], bool], *, seconds: float, what: str) -> 
 class Node(aiordt.AsyncActor):
     """Owner and consumer in one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, relay: bool = False) -> None:
+        if not relay:  # then targets fill up as bytes arrive, so that a test can strike midway
+            aiordt.configure(relay_nbytes=0)
         self._kept: dict[int, torch.Tensor] = {}
         self._held: Any = None
         self._targets: list[torch.Tensor] = []
@@ -94,6 +96,11 @@ class Node(aiordt.AsyncActor):
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def strike(self, signum: int) -> None:
+        """Let a child send this process a signal once this call has returned."""
+        line = f"import os, time; time.sleep(0.05); os.kill({os.getpid()}, {signum})"
+        self._decoy = await self._spawn([sys.executable, "-S", "-c", line])
 
     # --- as an owner
 
@@ -132,6 +139,13 @@ class Node(aiordt.AsyncActor):
             "moved": {name: nbytes for name, nbytes in moved.items() if nbytes},
             "seconds": seconds,
         }
+
+    async def keeps(self) -> int:
+        """Bytes of copies for neighbours."""
+        return _runtime.current().relay.nbytes
+
+    async def wait_shared_freed(self) -> None:
+        await until(lambda: not aiordt.stats().arena_used_bytes, seconds=20, what="copies' end")
 
     async def explain(self, tree: dict[str, Any]) -> dict[str, Any]:
         found = await aiordt.explain(tree["t"])
@@ -252,6 +266,68 @@ def shared(host: str) -> Any:
 def fresh(host: str) -> Any:
     """An actor of this scenario's own, to be killed."""
     return Actor.options(resources={host: 1}).remote()
+
+
+def neighbour() -> Any:
+    """One of several on host 2 that share what they pull."""
+    return Actor.options(resources={"h2": 1}).remote(relay=True)
+
+
+async def crossing() -> object:
+    owner, consumers = shared("h1"), [neighbour() for _ in range(8)]
+    tree = await owner.make.remote(64 * MIB, 1)
+    strided = await owner.make_strided.remote("columns", 2)
+    rounds = []
+    for _ in range(2):
+        found = await asyncio.gather(*(each.check.remote(tree, 1) for each in consumers))
+        rounds.append(found)
+    late = neighbour()
+    rounds.append([await late.check.remote(tree, 1)])
+    keeping = await asyncio.gather(*(each.keeps.remote() for each in [*consumers, late]))
+    small = await asyncio.gather(*(each.check.remote(strided, 2, "columns") for each in consumers))
+    del tree, strided
+    for each in [*consumers, late]:
+        await each.wait_shared_freed.remote()
+    return {"rounds": rounds, "keeping": keeping, "small": small}
+
+
+async def neighbour_ends(signum: signal.Signals) -> object:
+    """The first ends, or stands still, in the middle of its transfer."""
+    owner, consumers = shared("h1"), [neighbour() for _ in range(3)]
+    pids = await asyncio.gather(*(each.pid.remote() for each in consumers))
+    await asyncio.gather(*(each.check.remote(owner.make.remote(MIB, 5), 5) for each in consumers))
+    tree = await owner.make.remote(48 * MIB, 1)
+    pulls = [asyncio.ensure_future(each.check.remote(tree, 1)) for each in consumers]
+    kept = [0]
+    while not any(kept):
+        kept = await asyncio.gather(*(each.keeps.remote() for each in consumers))
+    (first,) = [index for index, nbytes in enumerate(kept) if nbytes]
+    await consumers[first].strike.remote(int(signum))
+    others = [await pull for index, pull in enumerate(pulls) if index != first]
+    return {"pids": pids, "first": first, "others": others}
+
+
+async def neighbour_killed() -> object:
+    return await neighbour_ends(signal.SIGKILL)
+
+
+async def neighbour_stopped() -> object:
+    return await neighbour_ends(signal.SIGSTOP)
+
+
+async def shared_owner_killed() -> object:
+    owner, consumers = fresh("h1"), [neighbour() for _ in range(3)]
+    tree = await owner.make.remote(48 * MIB, 1)
+    pid = await owner.pid.remote()
+    for each in consumers:
+        await each.begin.remote([tree])
+    kept = [0]
+    while not any(kept):
+        kept = await asyncio.gather(*(each.keeps.remote() for each in consumers))
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    ended = [await each.outcomes.remote() for each in consumers]
+    return {"ended": [(kind, text, when - killed) for ((kind, text, when),) in ended]}
 
 
 async def sizes() -> object:
@@ -401,6 +477,10 @@ async def listeners() -> object:
 SCENARIOS = {
     function.__name__: function
     for function in (
+        crossing,
+        neighbour_killed,
+        neighbour_stopped,
+        shared_owner_killed,
         sizes,
         proof,
         container,

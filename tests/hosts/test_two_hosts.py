@@ -77,6 +77,40 @@ def test_tensors_of_all_sizes_and_layouts_arrive_by_tcp(hosts: TwoHosts) -> None
     assert_refused(explained["reasons"]["cma"])
 
 
+def moved(results: list[dict[str, Any]], name: str) -> int:
+    return sum(result["moved"].get(name, 0) for result in results)
+
+
+def test_one_crossing_serves_all_of_a_host(hosts: TwoHosts) -> None:  # RLY-1
+    found = scenario(hosts, "crossing")
+    first, second, late = found["rounds"]
+    for results in (first, second, late, found["small"]):
+        assert all(result["equal"] for result in results), results
+    assert moved(first, "tcp") == 64 * MIB, "it crossed once"
+    assert moved(first, "shm") == 7 * 64 * MIB
+    assert moved(second + late, "tcp") == 0
+    assert moved(second, "shm") == 7 * 64 * MIB, "the first has it in its own memory"
+    assert moved(late, "shm") == 64 * MIB
+    assert sorted(found["keeping"]) == [0] * 8 + [64 * MIB], "one copy for all"
+    assert moved(found["small"], "tcp") == 8 * 512 * 171 * 4, "too small to ask around for"
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_the_end_of_a_neighbour_harms_no_pull(hosts: TwoHosts, end: str) -> None:  # RLY-2
+    with slow(hosts):
+        found = scenario(hosts, f"neighbour_{end}")
+    if end == "stopped":
+        hosts.h2.execute("kill", "-KILL", str(found["pids"][found["first"]]))
+    assert [result["equal"] for result in found["others"]] == [True, True]
+
+
+def test_the_end_of_an_owner_is_told_to_all_of_a_host(hosts: TwoHosts) -> None:  # RLY-2
+    with slow(hosts):
+        found = scenario(hosts, "shared_owner_killed")
+    assert [kind for kind, _, _ in found["ended"]] == ["OwnerDiedError"] * 3, found["ended"]
+    assert max(seconds for _, _, seconds in found["ended"]) < 3.0, found["ended"]
+
+
 def assert_refused(reason: str) -> None:
     """The same-host proof failed, and its reason says why."""
     assert "another pid namespace" in reason or "is another one" in reason, reason

@@ -26,7 +26,7 @@ from aiordt._errors import (
     TensorFreedError,
     TransferError,
 )
-from aiordt._peer import Network, RemotePeer, listen
+from aiordt._peer import Network, RemotePeer, listen, listen_locally
 from aiordt._wire import Cancel, Failure, Hello, Message, Pull, PullReply, Seen
 from aiordt.abc import PeerAddress
 from aiordt.testing import eventually
@@ -53,13 +53,14 @@ class End:
         self.answer: Callable[[Message], Awaitable[Message | None]] = self.echo
         self.network = Network(
             self.listener,
+            listen_locally(self.runtime_id),
             self.runtime_id,
             secret=self.read_secret,
             handle=self.handle,
             accept=self.accept,
             lost=self.lost.append,
         )
-        self.serving = asyncio.create_task(self.network.serve())
+        self.network.start()
         self.peers: list[RemotePeer] = []
 
     @property
@@ -87,8 +88,6 @@ class End:
 
     async def aclose(self) -> None:
         await self.network.aclose()
-        self.serving.cancel()
-        await asyncio.wait({self.serving})
         for sock in self.streams.values():
             sock.close()
 

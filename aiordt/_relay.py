@@ -1,0 +1,452 @@
+"""One crossing per node: what a process pulled from another host, its neighbours read here.
+
+The first process of a host that pulls a part of an export keeps a copy of it in shared
+memory, and answers for that export on a local socket whose name follows from the export's
+key: binding the name is what makes it the first. Others connect there, learn who it is, ask
+it over an ordinary control connection, and read its copy by `shm`.
+
+A copy holds no lease. It goes when the owner says that the export is gone, when the owner
+is lost, when room is needed, or with its process; whoever comes then is the next first.
+Whatever goes wrong on the way, a pull ends up going straight to the owner.
+
+Invariants:
+    RLY-1  A copy's memory is not given away while a neighbour reads it.
+    RLY-2  A pull through a neighbour ends: its death, silence or failure only makes it go
+           straight to the owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import itertools
+import logging
+import socket
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgpack
+import torch
+
+from aiordt._arena import arena
+from aiordt._errors import (
+    AiordtError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    PeerLostError,
+    ProtocolViolationError,
+    UnavailableError,
+)
+from aiordt._metrics import phase
+from aiordt._progress import finish, run_all
+from aiordt._types import MIB, Owner
+from aiordt._wire import Item, pack_items, unpack_items
+from aiordt.abc import Part, PeerAddress, TransportMessage
+from aiordt.transports._job import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aiordt._metrics import Counters
+    from aiordt._progress import IoThread, Workers
+    from aiordt._route import Routes
+    from aiordt._wire import Message
+    from aiordt.abc import Link
+
+_log = logging.getLogger(__name__)
+
+NAME: Final = "relay"
+#: Less than this of one export is not worth asking around for.
+MIN_NBYTES: Final = 1 * MIB
+#: A neighbour that is silent for so long, and as long as this rate takes, is given up.
+_PATIENCE_SECONDS: Final = 2.0
+_LEAST_RATE: Final = 50 * MIB
+_ATTEMPTS: Final = 3
+_CHUNK_NBYTES: Final = 1 * MIB
+
+_FETCH: Final = 0  # address, items, places there -> number, [(segment, address)]
+_DONE: Final = 1  # number: the neighbour has read what it was told
+_WATCH: Final = 2  # key -> answered when the export is gone
+
+_What: TypeAlias = tuple[int, Any]  # index and cut
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A part that was brought here, or is on its way."""
+
+    tensor: torch.Tensor
+    task: asyncio.Task[None]
+    pins: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """What this process keeps of one export."""
+
+    listener: socket.socket
+    entries: dict[_What, _Entry] = field(default_factory=dict)
+    watch: asyncio.Task[None] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.tensor.nbytes for entry in self.entries.values())
+
+    @property
+    def pinned(self) -> bool:
+        return any(entry.pins or not entry.task.done() for entry in self.entries.values())
+
+
+def _name(key: bytes) -> bytes:
+    """Where a host's processes meet for an export; the name does not give the key away."""
+    return b"\0aiordt-relay-" + blake2b(key, digest_size=16).hexdigest().encode()
+
+
+class Relay:
+    """This process among its neighbours. What is not said otherwise runs on the io loop.
+
+    Args:
+        address: This process's.
+        io: The io thread.
+        routes: The ways to others.
+        counters: Where what crossed is counted.
+        workers: Threads that copy.
+        limit: Bytes of copies to keep at most; 0: none, every pull goes to its owner.
+    """
+
+    def __init__(
+        self,
+        address: PeerAddress,
+        io: IoThread,
+        *,
+        routes: Routes,
+        counters: Counters,
+        workers: Workers,
+        limit: int,
+    ) -> None:
+        self._address = address
+        self._io = io
+        self._routes = routes
+        self._counters = counters
+        self._workers = workers
+        self._limit = limit
+        self._copies: dict[bytes, _Copy] = {}  # least recently used first
+        self._pins: dict[tuple[bytes, int], list[_Entry]] = {}
+        self._numbers = itertools.count(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of copies that are kept for neighbours. Any thread."""
+        return sum(copy.nbytes for copy in list(self._copies.values()))
+
+    def wants(self, name: str, parts: Sequence[Part]) -> bool:
+        """Whether a read by that transport may be shared with neighbours. Any thread."""
+        if name in {"shm", "cma"} or not self._limit:
+            return False
+        return sum(part.nbytes for part in parts) >= MIN_NBYTES
+
+    async def read(
+        self, address: PeerAddress, parts: Sequence[Part], name: str, link: Link
+    ) -> None:
+        """Read ``parts`` of an owner on another host: as `Link.read`, from any loop."""
+        exports: dict[bytes, list[Part]] = {}
+        for part in parts:
+            exports.setdefault(part.key, []).append(part)
+        direct: list[Part] = []
+        reads = []
+        for key, group in exports.items():
+            if MIN_NBYTES <= sum(part.nbytes for part in group) <= self._limit:
+                reads.append(self._read_export(address, key, group, name, link))
+            else:
+                direct += group
+        if direct:
+            reads.append(self._read_direct(direct, name, link))
+        await run_all(reads)
+
+    async def _read_direct(self, parts: Sequence[Part], name: str, link: Link) -> None:
+        await link.read(parts)
+        self._counters.pulled(name, len(parts), sum(part.nbytes for part in parts))
+
+    async def _read_export(
+        self, address: PeerAddress, key: bytes, parts: Sequence[Part], name: str, link: Link
+    ) -> None:
+        for _ in range(_ATTEMPTS):
+            try:
+                first = await self._io.run(self._first(key))
+                if first is not None:
+                    await self._read_neighbour(first, address, key, parts)
+                    return
+            except (OwnerDiedError, PeerLostError, UnavailableError) as exc:
+                _log.debug("a neighbour has gone: %s", exc)  # RLY-2: who is it now?
+                continue
+            except (AiordtError, OSError, TimeoutError) as exc:
+                _log.debug("no help from a neighbour: %s", exc)
+                break
+            try:
+                await self._read_own(address, key, parts)
+            except (OutOfMemoryError, UnavailableError) as exc:
+                _log.debug("no copy for neighbours: %s", exc)
+                break
+            return
+        await self._read_direct(parts, name, link)
+
+    # --- the first: brings it, and keeps it ------------------------------------------------
+
+    async def _first(self, key: bytes) -> PeerAddress | None:
+        """Who keeps an export on this host; ``None``: this process, from now on.
+
+        Raises:
+            OSError: The question cannot be answered.
+        """
+        if key in self._copies:
+            return None
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(0)
+        try:
+            try:
+                sock.bind(_name(key))
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                sock.listen(128)
+                self._copies[key] = _Copy(sock)
+                loop.add_reader(sock, self._asked, sock)
+                return None
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                try:
+                    await loop.sock_connect(sock, _name(key))
+                    data = await loop.sock_recv(sock, 1024)
+                except (ConnectionError, BlockingIOError) as exc:  # it has just gone
+                    raise UnavailableError(str(exc), reason=str(exc), transport=NAME) from exc
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+        if not data:
+            raise UnavailableError("it has just gone", reason="it has just gone", transport=NAME)
+        return _unpack_address(data)
+
+    def _asked(self, listener: socket.socket) -> None:
+        """A neighbour wants to know who keeps an export."""
+        with contextlib.suppress(OSError):
+            sock, _ = listener.accept()
+            with sock:
+                sock.send(_pack_address(self._address), socket.MSG_DONTWAIT)
+
+    async def _read_own(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
+        entries = await self._io.run(self._fetch(address, key, parts))
+        try:
+            pairs = [
+                (entry.tensor.data_ptr(), part.target, part.nbytes)
+                for entry, part in zip(entries, parts, strict=True)
+            ]
+            job = Job(_chunks(pairs), _copy, "relay.chunk")
+            await finish(job.start(self._workers, 2), job.stop)
+        finally:
+            self._io.loop.call_soon_threadsafe(self._unpin, entries)
+
+    async def _fetch(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> list[_Entry]:
+        """Bring parts here, each once for all who ask.
+
+        Returns:
+            Where they are, pinned (RLY-1).
+        """
+        copy = self._copies.get(key)
+        if copy is None:
+            raise UnavailableError("not kept any more", reason="not kept any more", transport=NAME)
+        self._copies[key] = self._copies.pop(key)  # the most recently used
+        missing = [part for part in parts if (part.index, part.cut) not in copy.entries]
+        if missing:
+            try:
+                self._bring(copy, address, key, missing)
+            except AiordtError:
+                self._drop_if_empty(key, copy)
+                raise
+        entries = [copy.entries[part.index, part.cut] for part in parts]
+        for entry in entries:
+            entry.pins += 1
+        try:
+            for task in dict.fromkeys(entry.task for entry in entries):
+                await asyncio.shield(task)
+        except BaseException:
+            self._unpin(entries)
+            for entry in entries:
+                if not entry.pins:
+                    entry.task.cancel()  # nobody else waits for it
+            raise
+        return entries
+
+    def _bring(self, copy: _Copy, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
+        nbytes = sum(part.nbytes for part in parts)
+        for other, kept in list(self._copies.items()):  # least recently used first
+            if self.nbytes + nbytes <= self._limit:
+                break
+            if kept is not copy and not kept.pinned:
+                self._drop(other)
+        if self.nbytes + nbytes > self._limit:
+            raise OutOfMemoryError("no room is left for copies for neighbours")
+        tensors = [arena.empty((part.nbytes,), torch.uint8) for part in parts]
+        wanted = [
+            dataclasses.replace(part, target=tensor.data_ptr(), tensor=tensor)
+            for part, tensor in zip(parts, tensors, strict=True)
+        ]
+        task = self._io.loop.create_task(self._read_owner(address, wanted))
+        for part, tensor in zip(parts, tensors, strict=True):
+            copy.entries[part.index, part.cut] = _Entry(tensor, task)
+        task.add_done_callback(lambda task: self._brought(task, copy, address, key))
+
+    async def _read_owner(self, address: PeerAddress, parts: list[Part]) -> None:
+        phase("relay.fetching")
+        name, link = await self._routes.find(address, Owner("", address.pid), None)
+        await link.read(parts)
+        self._counters.pulled(name, len(parts), sum(part.nbytes for part in parts))
+
+    def _brought(
+        self, task: asyncio.Task[None], copy: _Copy, address: PeerAddress, key: bytes
+    ) -> None:
+        if task.cancelled() or task.exception() is not None:
+            copy.entries = {
+                what: entry for what, entry in copy.entries.items() if entry.task is not task
+            }
+            self._drop_if_empty(key, copy)
+        elif copy.watch is None and self._copies.get(key) is copy:
+            copy.watch = self._io.loop.create_task(self._watch(address, key))
+
+    async def _watch(self, address: PeerAddress, key: bytes) -> None:
+        """Keep a copy until its export is gone, as far as anybody can tell."""
+        try:
+            body = msgpack.packb((_WATCH, key))
+            await self._routes.peer(address).call(TransportMessage(NAME, body))
+        except (AiordtError, OSError) as exc:
+            _log.debug("a copy's owner is lost: %s", exc)
+        finally:
+            self._drop(key)
+
+    def _drop_if_empty(self, key: bytes, copy: _Copy) -> None:
+        if not copy.entries and self._copies.get(key) is copy:
+            self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        copy = self._copies.pop(key, None)
+        if copy is None:
+            return
+        self._io.loop.remove_reader(copy.listener)
+        copy.listener.close()
+        if copy.watch is not None and copy.watch is not asyncio.current_task():
+            copy.watch.cancel()
+
+    @staticmethod
+    def _unpin(entries: Sequence[_Entry]) -> None:
+        for entry in entries:
+            entry.pins -= 1
+
+    # --- serving neighbours, and being one -------------------------------------------------
+
+    async def serve(self, message: TransportMessage, peer_id: bytes) -> Message:
+        """Answer a neighbour."""
+        kind, *rest = _unpacked(message.body)
+        if kind == _DONE:
+            entries = self._pins.pop((peer_id, rest[0]), [])
+            self._unpin(entries)
+            return TransportMessage(NAME, b"")
+        if kind != _FETCH or not self._limit:
+            raise ProtocolViolationError("unknown request to a neighbour")
+        packed, items, places = rest
+        address = _unpack_address(packed)
+        parts = [
+            Part(key, index, where, 0, nbytes, cut, segment, device)
+            for (key, index, cut), (where, nbytes, segment, device) in zip(
+                unpack_items(items), places, strict=True
+            )
+        ]
+        entries = await self._fetch(address, parts[0].key, parts)
+        number = next(self._numbers)
+        self._pins[peer_id, number] = entries  # RLY-1
+        there = [entry.tensor.data_ptr() for entry in entries]
+        body = msgpack.packb((number, [(arena.locate(where), where) for where in there]))
+        return TransportMessage(NAME, body)
+
+    def forget(self, peer_id: bytes) -> None:
+        """A neighbour is gone."""
+        for peer, number in [pin for pin in self._pins if pin[0] == peer_id]:
+            self._unpin(self._pins.pop((peer, number)))
+
+    async def _read_neighbour(
+        self, first: PeerAddress, address: PeerAddress, key: bytes, parts: Sequence[Part]
+    ) -> None:
+        owner = Owner("", first.pid)
+        nbytes = sum(part.nbytes for part in parts)
+        _, link = await self._routes.find(first, owner, "shm")
+        items: list[Item] = [part.item for part in parts]
+        places = [(part.address, part.nbytes, part.segment, part.device) for part in parts]
+        body = msgpack.packb((_FETCH, _pack_address(address), pack_items(items), places))
+        peer = self._routes.peer(first)
+        async with asyncio.timeout(_PATIENCE_SECONDS + nbytes / _LEAST_RATE):
+            reply = await self._io.run(peer.call(TransportMessage(NAME, body)))
+        assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
+        number, there = _unpacked(reply.body)
+        try:
+            phase("relay.reading")
+            await link.read(
+                [
+                    Part(key, part.index, where, part.target, part.nbytes, segment=segment)
+                    for part, (segment, where) in zip(parts, there, strict=True)
+                ]
+            )
+        finally:
+            done = TransportMessage(NAME, msgpack.packb((_DONE, number)))
+            self._io.loop.call_soon_threadsafe(lambda: self._io.spawn(peer.note(done)))
+        self._counters.pulled("shm", len(parts), nbytes)
+
+    async def aclose(self) -> None:
+        """Keep nothing any more."""
+        for key in list(self._copies):
+            self._drop(key)
+
+
+def watched_key(message: TransportMessage) -> bytes | None:
+    """The export whose end a keeper of a copy wants to be told; ``None``: it asks else."""
+    kind, *rest = _unpacked(message.body)
+    return rest[0] if kind == _WATCH and rest and type(rest[0]) is bytes else None
+
+
+def _unpacked(body: bytes) -> list[Any]:
+    try:
+        values = msgpack.unpackb(body)
+    except (ValueError, msgpack.UnpackException) as exc:
+        raise ProtocolViolationError("not a message between neighbours") from exc
+    if type(values) is not list or not values:
+        raise ProtocolViolationError("not a message between neighbours")
+    return values
+
+
+def _pack_address(address: PeerAddress) -> bytes:
+    packed: bytes = msgpack.packb(dataclasses.astuple(address))
+    return packed
+
+
+def _unpack_address(data: bytes) -> PeerAddress:
+    values = _unpacked(data)
+    types = (str, int, bytes, int, bytes, int)
+    if len(values) < len(types) or any(
+        type(value) is not kind for value, kind in zip(values, types, strict=False)
+    ):
+        raise ProtocolViolationError("not the address of a neighbour")
+    return PeerAddress(*values[: len(types)])
+
+
+def _chunks(pairs: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    for source, target, nbytes in pairs:
+        for start in range(0, nbytes, _CHUNK_NBYTES):
+            yield source + start, target + start, min(_CHUNK_NBYTES, nbytes - start)
+
+
+def _copy(chunk: tuple[int, int, int]) -> None:
+    source, target, nbytes = chunk
+    ctypes.memmove(target, source, nbytes)
