@@ -6,7 +6,7 @@ other two tensors share any, so that keeping one keeps no other alive.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from aiordt._landing import (
     unpack_inline,
 )
 from aiordt._layout import Cut, span
+from aiordt._leaves import as_tensor
 from aiordt._memory import MIN_BLOCK, view_memory
 from aiordt._sharing import UNTIED, Ties, tie, within
 from aiordt._ties import Extent, Group, contiguous_stride, overlapping
@@ -80,6 +81,7 @@ def tied(refs: Sequence[Pullable], sizes: Sequence[int], *, apart: bool = False)
                 metas[place].dtype,
             )
             for place in suspects
+            if not metas[place].device  # each goes to its device by itself
         ),
         apart=apart,
     )
@@ -142,7 +144,7 @@ class Batch:
         self.sizes = sizes
         self._into = into
         self._dtype = dtype
-        self._results: list[torch.Tensor | None] = [None] * len(refs)
+        self._results: list[Any] = [None] * len(refs)
         self._landings: list[tuple[int, Landing]] = []
         self._shared: list[_Shared] = []
         self._twins: dict[int, int] = {}
@@ -186,7 +188,8 @@ class Batch:
                 continue
             ref = self.refs[place]
             meta = ref.meta
-            if plain and meta.stride is None and meta.offset is None and not meta.flags:
+            simple = not meta.flags and not meta.device and ref.cls is None
+            if plain and simple and meta.stride is None and meta.offset is None:
                 dtype = DTYPES[meta.dtype] or dtype_of(meta.dtype)
                 size = self.sizes[place]
                 tensor = (
@@ -194,8 +197,7 @@ class Batch:
                     if size < MIN_BLOCK
                     else pool.empty(meta.shape, dtype)
                 )
-                self._results[place] = tensor if ref.cls is None else dress(tensor, ref)
-                device = meta.device or "cpu"
+                self._results[place] = tensor
                 part = Part(
                     ref.header.key,
                     ref.index,
@@ -204,7 +206,7 @@ class Batch:
                     size,
                     None,
                     meta.segment,
-                    device,
+                    "cpu",
                     tensor,
                 )
             else:
@@ -244,11 +246,9 @@ class Batch:
             nbytes += sum(self.sizes[place] for place in self._twins)
         return nbytes
 
-    def finish(self) -> list[torch.Tensor]:
+    def finish(self) -> list[Any]:
         """What the caller gets, in order, once all bytes have come."""
         results = self._results
-        device = torch.device("cpu")  # where everything is received
-        _device.layer(device).wait_on_stream(device, _device.DONE)
         for place, landing in self._landings:
             results[place] = landing.finish()
         for group, flat in self._shared:
@@ -257,19 +257,28 @@ class Batch:
                 results[place] = dress(_placed(flat, group.address, ref.meta), ref)
         for place, first in self._twins.items():
             one = results[first]
-            assert one is not None  # noqa: S101  (a first one is nobody's twin)
             if self._into is None:
-                results[place] = dress(one.detach(), self.refs[place])
+                results[place] = dress(as_tensor(one).detach(), self.refs[place])
             else:
                 results[place] = copy_into(self._into[place], one)
-        return [tensor for tensor in results if tensor is not None]
+        return results
+
+    async def hand_over(self, finished: list[Any]) -> list[Any]:
+        """What `finish` gave, on its devices, ordered for the caller's stream (DEV-3)."""
+        for place, landing in self._landings:
+            if landing.home is not None:  # pragma: no cover  (needs a GPU)
+                layer = _device.layer(landing.home)
+                moved = await layer.unstage(finished[place], landing.home)
+                finished[place] = dress(moved, landing.ref)
+        _device.wait_on_stream(as_tensor(finished[0]), _device.DONE)
+        return finished
 
 
 def _placed(flat: torch.Tensor, address: int, meta: TensorMeta) -> torch.Tensor:
     return within(flat, address, extent_of(meta), dtype_of(meta.dtype))
 
 
-def unpack_tied(refs: Sequence[Pullable]) -> dict[int, torch.Tensor]:
+def unpack_tied(refs: Sequence[Pullable]) -> dict[int, Any]:
     """Of refs that carry their bytes, those that share memory, sharing it again; by place."""
     places = [
         place
@@ -277,7 +286,7 @@ def unpack_tied(refs: Sequence[Pullable]) -> dict[int, torch.Tensor]:
         if ref.inline is not None and ref.meta.address and num_bytes(ref.meta)
     ]
     some = [refs[place] for place in places]
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Any] = {}
     ties = tied(some, [num_bytes(ref.meta) for ref in some])
     for group in ties.groups:
         flat = torch.empty(group.nbytes, dtype=torch.uint8)
@@ -293,5 +302,7 @@ def unpack_tied(refs: Sequence[Pullable]) -> dict[int, torch.Tensor]:
     for first, *others in ties.twins:
         ref = some[first]
         one = found[places[first]] = unpack_inline(ref, ref.inline or b"")
-        found.update((places[other], dress(one.detach(), some[other])) for other in others)
+        found.update(
+            (places[other], dress(as_tensor(one).detach(), some[other])) for other in others
+        )
     return found

@@ -7,13 +7,16 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from ray import ObjectRef
 
-from aiordt import _ray
+from aiordt import _device, _ray
 from aiordt._errors import InvalidTypeError, InvalidValueError
-from aiordt._export import check_transport, is_tensor, same_kind
+from aiordt._export import check_transport, same_kind
 from aiordt._into import is_tensor_ref, targets_for
+from aiordt._landing import converts
+from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._progress import run_all
 from aiordt._ref import TensorRef
 from aiordt._runtime import current, current_for
@@ -53,21 +56,22 @@ async def get(
         x: A `TensorRef`, a tree of them, or a Ray ``ObjectRef`` whose value holds them.
             ObjectRefs anywhere in the tree are awaited too. The same ref twice arrives as
             one tensor.
-        into: Tensors to receive into, in a tree of the same structure; they are what is
-            returned, with their identity. All are checked before anything moves; when a pull
-            fails after that, they may hold some of the new data. They are filled as under
+        into: Tensors or numpy arrays to receive into, in a tree of the same structure; they are
+            what is returned, with their identity. All are checked before anything moves; when a
+            pull fails after that, they may hold some of the new data. They are filled as under
             `torch.no_grad`, leaves that require grad included, and autograd notices. Any strides
             will do, and they may share memory in the way in which the refs' tensors do.
-        device: Move what arrives to this device.
+        device: Move what arrives to this device. On another than the CPU, arrays become tensors.
         dtype: Convert floating-point tensors to this floating-point dtype, or complex ones to
             this complex one. Where an owner sends the bytes itself (``tcp``), it converts first
-            if that makes them fewer.
+            if that makes them fewer. Arrays stay arrays, unless numpy has no such dtype.
         transport: Use this transport only.
 
     Returns:
-        The same tree with tensors in the places of the refs, with the strides that
-        `torch.clone` gives. Tensors of one result that share memory at their owner move once
-        and share memory here, with the strides that they have there; no others share any.
+        The same tree with tensors (numpy arrays, where such were exported) in the places of the
+        refs, with the strides that `torch.clone` gives. Tensors of one result that share memory at
+        their owner move once and share memory here, with the strides that they have there; no
+        others share any.
 
     Raises:
         OwnerDiedError: The process that held a tensor is gone.
@@ -183,10 +187,10 @@ async def _get_into(
     if device is not None or dtype is not None:
         raise InvalidValueError("into= says device and dtype already: leave out device= and dtype=")
     tree = await _fetch_objects(x)
-    flat, targets = await targets_for(tree, into)
+    flat, targets, tensors = await targets_for(tree, into)
     if flat.leaves:
         await current_for(flat.leaves[0]).pull_all(
-            flat.leaves, transport, into=targets, name=lambda ref: place(tree, ref, "get(...)")
+            flat.leaves, transport, into=tensors, name=lambda ref: place(tree, ref, "get(...)")
         )
     return flat.rebuild(targets)
 
@@ -207,11 +211,10 @@ def _checked_device(device: torch.device | str | None) -> torch.device | None:
         return None
     try:
         checked = torch.device(device)
-        torch.empty(0, device=checked)
+        return torch.empty(0, device=checked).device  # with its number
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise InvalidValueError(f"device {device!r} cannot be used here: {reason}") from exc
-    return checked
 
 
 async def _converted(
@@ -219,20 +222,37 @@ async def _converted(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> Any:  # noqa: ANN401
-    """Convert the tensors of what arrived; large ones on a worker thread."""
+    """Convert the tensors of what arrived; in host memory, large ones on a worker thread."""
     if device is None and dtype is None:
         return value
-    flat = Flat(value, is_tensor)
+    flat = Flat(value, is_leaf, inside=is_tensor)  # LEAF-1
 
-    def converted() -> list[torch.Tensor]:
-        return [
-            same_kind(made, tensor)
-            if tensor.requires_grad or type(tensor) is not torch.Tensor
-            else made
-            for made, tensor in zip(convert(flat.leaves, device, dtype), flat.leaves, strict=True)
-        ]
+    def made(leaf: Any, tensor: torch.Tensor, plain: torch.Tensor) -> Any:  # noqa: ANN401
+        if isinstance(leaf, np.ndarray):
+            changed = plain.dtype is not tensor.dtype or plain.device != tensor.device
+            return as_array(plain) if changed else leaf
+        if tensor.requires_grad or type(tensor) is not torch.Tensor:
+            return same_kind(plain, tensor)
+        return plain
 
-    nbytes = sum(tensor.nbytes for tensor in flat.leaves)
+    def converted() -> list[Any]:
+        plain = convert(tensors, device, dtype)
+        return [made(*row) for row in zip(flat.leaves, tensors, plain, strict=True)]
+
+    async def moved(leaf: Any, tensor: torch.Tensor) -> Any:  # noqa: ANN401
+        wanted = dtype if dtype is not None and converts(tensor.dtype, dtype) else None
+        plain = tensor.detach()
+        where = device or plain.device
+        if where != plain.device:
+            plain = await _device.move(plain, where, wanted, current().workers)
+        elif wanted is not None:
+            plain = plain.to(wanted)
+        return made(leaf, tensor, plain)
+
+    tensors = [as_tensor(leaf) for leaf in flat.leaves]
+    if "cuda" in {tensor.device.type for tensor in tensors} | {device and device.type}:
+        return flat.rebuild([await moved(*row) for row in zip(flat.leaves, tensors, strict=True)])
+    nbytes = sum(tensor.nbytes for tensor in tensors)
     if nbytes <= _CONVERT_ON_LOOP_NBYTES:
         return flat.rebuild(converted())
     return flat.rebuild(await current().workers.run(converted))

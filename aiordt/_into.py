@@ -15,6 +15,7 @@ import torch
 from aiordt._errors import InvalidTypeError, InvalidValueError
 from aiordt._landing import describe
 from aiordt._layout import first_run, runs, span
+from aiordt._leaves import as_tensor
 from aiordt._ref import TensorRef
 from aiordt._runtime import current
 from aiordt._ties import contiguous_stride, overlapping
@@ -35,8 +36,8 @@ def is_tensor_ref(value: object) -> bool:
 async def targets_for(
     tree: Any,  # noqa: ANN401
     into: Any,  # noqa: ANN401
-) -> tuple[Flat, list[torch.Tensor]]:
-    """The refs of a tree, each time they occur, and where each is to be received.
+) -> tuple[Flat, list[Any], list[torch.Tensor]]:
+    """The refs of a tree, each time they occur, what to receive into, and the tensors of that.
 
     Raises:
         InvalidTypeError: ``into`` does not have tensors where ``tree`` has refs.
@@ -49,11 +50,15 @@ async def targets_for(
             "into= works with refs in dicts, lists, tuples, dataclasses and TensorDicts; some of "
             "these are inside other objects"
         )
+    tensors = []
     for ref, target in zip(flat.leaves, targets, strict=True):
-        reason = _misfit(ref, target)
+        writable = isinstance(target, torch.Tensor) or target.flags.writeable
+        tensor = as_tensor(target) if writable else torch.empty(0)
+        reason = _misfit(ref, tensor) if writable else "a read-only array"
         if reason:
             raise InvalidValueError(f"{place(into, target, 'into')}: {reason}")
-    check = _overlap_check(flat.leaves, targets)
+        tensors.append(tensor)
+    check = _overlap_check(flat.leaves, tensors)
     if check is not None:
         cost, find = check
         found = find() if cost <= _RUNS_ON_LOOP else await current().workers.run(find)
@@ -63,7 +68,7 @@ async def targets_for(
                 f"{one} and {other} share memory, but receive what does not share memory in the "
                 "same way: both cannot be right"
             )
-    return flat, targets
+    return flat, targets, tensors
 
 
 def _misfit(ref: TensorRef, target: torch.Tensor) -> str:

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
-from aiordt import _wire
-from aiordt._errors import AiordtError, InvalidValueError
+from aiordt import _device, _wire
+from aiordt._errors import AiordtError, InvalidValueError, UnavailableError
 from aiordt._layout import Cut, first_run
+from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
 from aiordt._types import DTYPE_CODES, DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from aiordt._memory import Pool
     from aiordt._types import Owner
     from aiordt._wire import TensorMeta
+    from aiordt.abc import Link
 
 
 #: Pieces under this many bytes are small ...
@@ -41,6 +44,7 @@ class Header:
         owner: Who that is.
         key: Key of the export.
         transport: The transport that the exporter demanded, if any.
+        pending: Whether a device of the owner may still be making the tensors.
         noted: Whether the owner was told that this process pulled.
     """
 
@@ -50,6 +54,7 @@ class Header:
     owner: Owner
     key: bytes
     transport: str | None
+    pending: bool = False
     noted: bool = False
 
 
@@ -100,6 +105,26 @@ def naming(ref: Pullable, name: Name | None, count: int = 1) -> Generator[None]:
         raise exc.said(f"{where}{more}") from exc
 
 
+def check_reach(name: str, link: Link, refs: Sequence[Pullable]) -> None:
+    """Refuse a transport that cannot read the memory that a tensor is in.
+
+    Raises:
+        UnavailableError: It can neither read it nor have its owner stage it.
+    """
+    for ref in refs:
+        reason = out_of_reach(link, ref)
+        if reason:
+            raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name)
+
+
+def out_of_reach(link: Link, ref: Pullable) -> str:
+    """Why a link cannot bring a tensor from its owner's device; empty if it can."""
+    device = ref.meta.device
+    if not device or link.packs or torch.device(device).type in link.devices:
+        return ""
+    return f"it does not read the memory of devices, and the tensor is on {device}"
+
+
 def dtype_of(code: int) -> torch.dtype:
     """The dtype behind a code on the wire.
 
@@ -133,9 +158,11 @@ def describe(ref: Pullable) -> str:
     return f"tensor {tuple(meta.shape)} {str(dtype_of(meta.dtype)).removeprefix('torch.')}"
 
 
-def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
-    """Give a received tensor the class and the ``requires_grad`` of the original."""
+def dress(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
+    """Make a received tensor what the original was: an array, a class, ``requires_grad``."""
     flags = ref.meta.flags
+    if flags & _wire.FLAG_NUMPY:
+        return as_array(tensor)
     requires_grad = bool(flags & _wire.FLAG_REQUIRES_GRAD)
     if flags & _wire.FLAG_PARAMETER:
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
@@ -144,8 +171,16 @@ def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
     return tensor.requires_grad_(True) if requires_grad else tensor  # noqa: FBT003
 
 
-def unpack_inline(ref: Pullable, data: bytes) -> torch.Tensor:
-    """The tensor of a ref that carries its bytes."""
+def as_seen(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
+    """A tensor in another process's memory, or a read-only array if that is what it is there."""
+    seen = as_array(tensor) if ref.meta.flags & _wire.FLAG_NUMPY else tensor
+    if isinstance(seen, np.ndarray):
+        seen.flags.writeable = False
+    return seen
+
+
+def unpack_inline(ref: Pullable, data: bytes) -> Any:  # noqa: ANN401
+    """What a ref that carries its bytes stands for."""
     return dress(unpack_plain(ref.meta, data), ref)
 
 
@@ -157,19 +192,21 @@ def unpack_plain(meta: TensorMeta, data: bytes) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Landing:
-    """A tensor that is being received.
+    """A tensor that is being received, in host memory.
 
     Attributes:
         ref: The ref that was awaited.
         tensor: What the bytes are written to, in the order in which they travel.
         part: What to read.
         into: The caller's tensor, if it is another than ``tensor``.
+        home: The device that it goes to next, if any.
     """
 
     ref: Pullable
     tensor: torch.Tensor
     part: Part
     into: torch.Tensor | None = None
+    home: torch.device | None = None
 
     @property
     def copy_nbytes(self) -> int:
@@ -181,7 +218,7 @@ class Landing:
             return num_bytes(meta)
         return 0
 
-    def finish(self) -> torch.Tensor:
+    def finish(self) -> Any:  # noqa: ANN401
         """What the caller gets, once all bytes have come."""
         tensor = self.tensor
         ref = self.ref
@@ -189,6 +226,8 @@ class Landing:
             tensor = _from_order(tensor, ref.meta)
         if self.into is not None:
             return copy_into(self.into, tensor)
+        if self.home is not None:
+            return tensor  # dressed when it is there
         return dress(tensor, ref) if ref.meta.flags or ref.cls else tensor
 
 
@@ -253,7 +292,8 @@ def land(
         meta.device or "cpu",
         tensor,
     )
-    return Landing(ref, tensor, part, into)
+    home = _device.home(meta.device) if into is None else None
+    return Landing(ref, tensor, part, into, home)
 
 
 def converts(source: torch.dtype, wanted: torch.dtype) -> bool:
@@ -263,11 +303,11 @@ def converts(source: torch.dtype, wanted: torch.dtype) -> bool:
     return source.is_floating_point and wanted.is_floating_point
 
 
-def copy_into(into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def copy_into(into: torch.Tensor, arrived: Any) -> torch.Tensor:  # noqa: ANN401
     """Fill the caller's tensor, unless the bytes were received there."""
-    if into is not tensor:
+    if into is not arrived:
         with torch.inference_mode(mode=into.is_inference()):  # else it may not be written
-            into.detach().copy_(tensor.detach())
+            into.detach().copy_(as_tensor(arrived).detach())
     return into
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from aiordt import _device, _ray
@@ -22,6 +23,7 @@ from aiordt._landing import (
     Header,
     Name,
     Pullable,
+    check_reach,
     copy_into,
     describe,
     dress,
@@ -32,6 +34,7 @@ from aiordt._landing import (
     prefers_packing,
     unpack_inline,
 )
+from aiordt._leaves import as_array
 from aiordt._metrics import phase
 from aiordt._progress import finish, run_all
 from aiordt._registry import warn_if_shared
@@ -40,7 +43,7 @@ from aiordt._slices import view_of
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from aiordt._config import Config
     from aiordt._memory import Pool
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from aiordt._sharing import Ties
     from aiordt._types import Owner
     from aiordt.abc import Link, Part, PeerAddress
+
+_T = TypeVar("_T")
 
 STALE_REF: Final = "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
 #: How long Ray is given to say whether an unreachable owner is dead.
@@ -108,8 +113,8 @@ class Puller:
                 raise ClosedError(STALE_REF)
             raise TensorFreedError("this ref was released: release() gave its tensor up")
 
-    def here(self, ref: Pullable) -> torch.Tensor | None:
-        """The tensor, if its bytes need not be moved."""
+    def here(self, ref: Pullable) -> Any:  # noqa: ANN401
+        """The tensor, or what it was made of, if its bytes need not be moved."""
         meta = ref.meta
         if ref.inline is not None:
             return unpack_inline(ref, ref.inline)
@@ -117,19 +122,25 @@ class Puller:
             export, tensor = self.registry.local(ref.header.key, ref.index)
             export.local = True
             warn_if_shared(export)
-            return view_of(tensor, meta)
+            if not export.ready.done():
+                _device.wait_on_stream(tensor, export.ready)  # DEV-3
+            whole = export.others.get(ref.index, tensor)
+            if meta.offset is None:
+                return whole
+            part = view_of(tensor, meta)
+            return as_array(part) if isinstance(whole, np.ndarray) else part
         if num_bytes(meta) == 0:
             return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
         return None
 
-    def pull_nowait(self, ref: Pullable, transport: str | None) -> torch.Tensor | None:
+    def pull_nowait(self, ref: Pullable, transport: str | None) -> Any:  # noqa: ANN401
         """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
         self.check(ref)
         tensor = self.here(ref)
         if tensor is not None:
             self.came_along(ref)
             return tensor
-        if ref.meta.stride is not None:
+        if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
             return None
         forced = transport or ref.header.transport
         peer_id = ref.header.address.runtime_id
@@ -152,13 +163,12 @@ class Puller:
         self._inline_nbytes += nbytes
         self.counters.pulled(name, 1, nbytes)
         self._arrived([ref])
-        device = landing.tensor.device
-        _device.layer(device).wait_on_stream(device, _device.DONE)
+        _device.wait_on_stream(landing.tensor, _device.DONE)  # DEV-3
         return landing.finish()
 
     async def pull(
         self, ref: Pullable, transport: str | None = None, *, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    ) -> Any:  # noqa: ANN401
         """Pull one ref."""
         tensor = self.pull_nowait(ref, transport)
         if tensor is not None:
@@ -173,7 +183,7 @@ class Puller:
         into: Sequence[torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
         name: Name | None = None,
-    ) -> list[torch.Tensor]:
+    ) -> list[Any]:
         """Pull many refs: concurrently from each owner, in one batch from the same.
 
         Args:
@@ -198,14 +208,18 @@ class Puller:
         if into is not None:
             for index, result in enumerate(results):
                 if result is not None:
-                    results[index] = await self._copied(into[index], result)
+                    results[index] = await self._copied(refs[index], into[index], result)
 
         async def pull_by(
             forced: str | None, suited: str | None, wanted: _Wanted, numbers: list[int]
         ) -> None:
             first = wanted.refs[numbers[0]]
             with naming(first, name, len(numbers)):
-                transport, link = await self.found(first.header, forced, suited)
+                finding = self.find(first.header, forced, suited)
+                transport, link = await self.reached(first.header, finding)
+                asking = self.routes.wait_ready([wanted.refs[each].header for each in numbers])
+                await self.reached(first.header, asking)  # DEV-1
+                check_reach(transport, link, [wanted.refs[number] for number in numbers])
             limit = self.config.max_in_flight_bytes
             for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
                 batch = Batch(
@@ -239,9 +253,9 @@ class Puller:
         sizes: Sequence[int],
         transport: str | None,
         name: Name | None,
-    ) -> tuple[list[torch.Tensor | None], dict[tuple[bytes, str | None], list[int]]]:
+    ) -> tuple[list[Any], dict[tuple[bytes, str | None], list[int]]]:
         """What is here already; and the places of the others by owner and forced transport."""
-        results: list[torch.Tensor | None] = [None] * len(refs)
+        results: list[Any] = [None] * len(refs)
         by_value: list[int] = []
         owners: dict[tuple[bytes, str | None], list[int]] = {}
         remote: Header | None = None
@@ -275,7 +289,7 @@ class Puller:
         self,
         refs: Sequence[Pullable],
         places: list[int],
-        results: list[torch.Tensor | None],
+        results: list[Any],
     ) -> None:
         """The tensors that travelled inside their refs."""
         tied = unpack_tied([refs[place] for place in places])
@@ -288,14 +302,15 @@ class Puller:
     def suited(self, ref: Pullable, *, tied: bool = False) -> str | None:
         """The transport that suits a tensor better than the way to its owner in general.
 
-        Shared memory if it lies there; for one of tiny pieces, a link whose owner packs them,
-        unless it is ``tied`` to others and moves as a part of them.
+        Shared memory if it lies there; for one of tiny pieces, or on a device, a link whose
+        owner packs or stages them, unless it is ``tied`` to others and moves as a part of them.
         """
         allowed = self.config.transports
         peer_id = ref.header.address.runtime_id
         if ref.meta.segment and "shm" in allowed and not self.routes.refused(peer_id, "shm"):
             return "shm"
-        return "tcp" if not tied and prefers_packing(ref.meta) and "tcp" in allowed else None
+        wanted = bool(ref.meta.device) or (not tied and prefers_packing(ref.meta))
+        return "tcp" if wanted and "tcp" in allowed else None
 
     @staticmethod
     def check_shared(ref: Pullable, forced: str | None) -> None:
@@ -309,7 +324,9 @@ class Puller:
     def _ways(self, wanted: _Wanted, forced: str | None) -> dict[str | None, list[int]]:
         """Numbers of refs by the transport that suits them better than the general way."""
         metas = [ref.meta for ref in wanted.refs]
-        if forced is not None or all(meta.stride is None and not meta.segment for meta in metas):
+        if forced is not None or not any(
+            meta.stride is not None or meta.segment or meta.device for meta in metas
+        ):
             return {None: list(range(len(metas)))}
         grouped = {number for group in wanted.ties.groups for number in group.members}
         ways: dict[str | None, list[int]] = {}
@@ -317,15 +334,19 @@ class Puller:
             ways.setdefault(self.suited(ref, tied=number in grouped), []).append(number)
         return ways
 
-    async def found(
+    async def find(
         self, header: Header, forced: str | None, suited: str | None
     ) -> tuple[str, Link]:
         """The transport to use, and the link to the owner by it."""
+        if forced is None and suited is not None:
+            with suppress(UnavailableError):  # remembered: it is not tried again
+                return await self.routes.find(header.address, header.owner, suited)
+        return await self.routes.find(header.address, header.owner, forced)
+
+    async def reached(self, header: Header, reaching: Awaitable[_T]) -> _T:
+        """The outcome of something that was asked of an owner."""
         try:
-            if forced is None and suited is not None:
-                with suppress(UnavailableError):  # remembered: it is not tried again
-                    return await self.routes.find(header.address, header.owner, suited)
-            return await self.routes.find(header.address, header.owner, forced)
+            return await reaching
         except OwnerDiedError as exc:
             raise _died(header.owner, exc) from exc
         except PeerLostError as exc:
@@ -340,7 +361,7 @@ class Puller:
         done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
         return bool(done) and asked.exception() is None and asked.result()
 
-    async def _pull_batch(self, batch: Batch, name: str, link: Link) -> list[torch.Tensor]:
+    async def _pull_batch(self, batch: Batch, name: str, link: Link) -> list[Any]:
         """One batch; the leases are held by the caller's frame until it has ended."""
         refs, nbytes = batch.refs, sum(batch.sizes)
         await self._admission.acquire(nbytes)
@@ -362,8 +383,10 @@ class Puller:
             self._admission.release(nbytes)
         self._arrived(refs)
         if batch.copy_nbytes > _COPY_ON_LOOP_NBYTES:
-            return await finish(self.workers.run(batch.finish))  # OWN-1: into the caller's tensors
-        return batch.finish()
+            tensors = await finish(self.workers.run(batch.finish))  # OWN-1: the caller's tensors
+        else:
+            tensors = batch.finish()
+        return await batch.hand_over(tensors)
 
     async def _read(self, batch: Batch, name: str, link: Link) -> None:
         """Read a batch; where the link does not mind, in steps, the next prepared meanwhile."""
@@ -399,8 +422,10 @@ class Puller:
             if reading:  # OWN-1
                 await finish(asyncio.gather(*reading, return_exceptions=True))
 
-    async def _copied(self, into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.nbytes > _COPY_ON_LOOP_NBYTES:
+    async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
+        if ref.inline is None:
+            await self.registry.wait_ready([ref.header.key])  # DEV-1
+        if into.nbytes > _COPY_ON_LOOP_NBYTES or ref.meta.device:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))
         return copy_into(into, tensor)
 

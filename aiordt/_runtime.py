@@ -11,7 +11,9 @@ import ctypes
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from aiordt import _config, _ray, _relay, _wire
 from aiordt._errors import (
@@ -19,7 +21,7 @@ from aiordt._errors import (
     ClosedError,
     PeerLostError,
 )
-from aiordt._landing import dense_stride_of, dtype_of
+from aiordt._landing import as_seen, dense_stride_of, dtype_of
 from aiordt._layout import span
 from aiordt._memory import Pool
 from aiordt._metrics import Counters
@@ -34,8 +36,6 @@ from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
-    import torch
-
     from aiordt._config import Config
     from aiordt._landing import Header, Pullable
     from aiordt._ray import Session
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from aiordt._wire import Message
 
 _log = logging.getLogger(__name__)
+
 
 #: Notes to owners ("I pulled this") are gathered for so long.
 _NOTE_SECONDS: Final = 0.05
@@ -146,6 +147,9 @@ class Runtime(Puller):
                 if export is not None:
                     warn_if_shared(export)
             return None
+        if isinstance(message, _wire.Ready):
+            await self.registry.wait_ready(message.keys)
+            return message
         if isinstance(message, TransportMessage) and message.transport == _relay.NAME:
             watched = _relay.watched_key(message)
             if watched is None:
@@ -182,22 +186,23 @@ class Runtime(Puller):
 
     # --- looking ---------------------------------------------------------------------------
 
-    async def view(self, ref: Pullable) -> torch.Tensor:
+    async def view(self, ref: Pullable) -> Any:  # noqa: ANN401
         """See `aiordt.TensorRef.view`."""
         self.check(ref)
         tensor = self.here(ref)
         if tensor is not None:
             self.came_along(ref)
-            return tensor.detach()
+            return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
         self.check_shared(ref, "shm")
         meta = ref.meta
         dtype = dtype_of(meta.dtype)
         stride = dense_stride_of(meta)
         nbytes = span(meta.shape, stride, dtype.itemsize)
-        _, link = await self.found(ref.header, "shm", None)
+        _, link = await self.reached(ref.header, self.find(ref.header, "shm", None))
+        await self.reached(ref.header, self.routes.wait_ready([ref.header]))  # DEV-1
         assert isinstance(link, SharedLink)  # noqa: S101  (what `shm` is)
         flat = await link.view(meta.segment, meta.address, nbytes)
-        return flat.view(dtype).as_strided(meta.shape, stride)
+        return as_seen(flat.view(dtype).as_strided(meta.shape, stride), ref)
 
     # --- the end ---------------------------------------------------------------------------
 
