@@ -309,7 +309,7 @@ class Engine:
             _leaked.append(self)
             return
         self.memory.clear()
-        del self.agent
+        self.__dict__.pop("agent", None)  # it was never there if making it failed
 
 
 _leaked: list[Engine] = []
