@@ -47,6 +47,7 @@ _OURS: Final = {
     "cma": _Place("aiordt.transports.cma", "CmaTransport"),
     "nixl": _Place("aiordt.transports.nixl", "NixlTransport", ("nixl_cu13", "nixl_cu12"), "nixl"),
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
+    "ucx": _Place("aiordt.transports.ucx", "UcxTransport", ("ucxx",), "ucx", heavy=True),
 }
 #: Those whose import costs nothing; the others are imported on a worker thread.
 _LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.heavy)
