@@ -17,14 +17,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
 from benchmarks._pages import fill, is_filled, make_tensor, quiet, receive_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RAW_LIBRARIES: Final = ("nixl", "ucxx")
 #: Seconds in which the owner's agent answers whoever wires up.
