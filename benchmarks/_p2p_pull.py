@@ -84,6 +84,7 @@ class _Holder(aiordt.AsyncActor):
 class _Puller(aiordt.AsyncActor):
     def __init__(self, pid: int) -> None:
         quiet()
+        aiordt.configure(relay_nbytes=0)  # else a second pull comes from the first one's copy
         self._reader = RawReader(pid)
         self._copier = Copier()
         self._refs: dict[str, aiordt.TensorRef] = {}
@@ -113,9 +114,13 @@ class _Puller(aiordt.AsyncActor):
     async def hold(self, way: str, ref: aiordt.TensorRef) -> str | None:
         """Keep ``ref`` if it can be pulled, and is right; otherwise say why it cannot."""
         try:
+            await ref
+            before = aiordt.stats().bytes_pulled
             tensor = await ref
         except aiordt.AiordtError as exc:
             return reason(exc)
+        if way != INLINE and aiordt.stats().bytes_pulled - before != ref.nbytes:
+            raise RuntimeError(f"{way}: a second pull did not bring all bytes from the owner")
         if not is_filled(tensor):
             raise RuntimeError(f"{way}: the bytes that arrived are wrong")
         self._refs[way] = ref

@@ -97,7 +97,7 @@ def show(results: Results, console: Console) -> None:
         met = "[dim]?[/dim]" if goal.met is None else "yes" if goal.met else "[bold red]NO[/]"
         table.add_row(goal.figure, goal.goal, goal.measured, met)
     console.print(table)
-    console.print(escape(_machine_line(results.machine)), highlight=False, style="dim")
+    console.print(escape(machine_line(results.machine)), highlight=False, style="dim")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -214,7 +214,8 @@ def _idles_table(results: Results) -> Table:
     return table
 
 
-def _machine_line(machine: dict[str, Any]) -> str:
+def machine_line(machine: dict[str, Any]) -> str:
+    """Where the figures come from, in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     load = " ".join(f"{value:.1f}" for value in machine["load_average"])
     return (
