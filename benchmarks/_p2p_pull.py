@@ -95,16 +95,15 @@ class _Puller(aiordt.AsyncActor):
 
     async def open_raw(self) -> dict[str, str]:
         """Start the raw libraries; why some are not there."""
-        why = {}
-        for way, library in _RAW_LIBRARIES.items():
-            missed = missing(library)
-            try:
-                if missed is None:
-                    self._raw[way] = await asyncio.to_thread(RawPair, library)
-            except RuntimeError as exc:
-                missed = reason(exc)
-            if missed is not None:
-                why[way] = missed
+        why = {way: missed for way, name in _RAW_LIBRARIES.items() if (missed := missing(name))}
+        ways = [way for way in _RAW_LIBRARIES if way not in why]
+        starting = [asyncio.to_thread(RawPair, _RAW_LIBRARIES[way]) for way in ways]
+        started = await asyncio.gather(*starting, return_exceptions=True)
+        for way, pair in zip(ways, started, strict=True):
+            if isinstance(pair, BaseException):
+                why[way] = reason(pair)
+            else:
+                self._raw[way] = pair
         return why
 
     async def close_raw(self) -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 RAW_LIBRARIES: Final = ("nixl", "ucxx")
 #: Seconds in which the owner's agent answers whoever wires up.
 _WIRING: Final = 0.3
+#: Seconds until a pull is given up, and how often that is looked at.
+_TIMEOUT: Final = 20.0
+_SPINS: Final = 10_000
 _ROOT: Final = Path(__file__).parents[1]
 _Reply: TypeAlias = dict[str, Any]
 
@@ -144,10 +147,14 @@ class _UcxxEnd:
         return {"address": address, "metadata": metadata}
 
     def _finish(self, *requests: Any) -> None:  # noqa: ANN401  (ucxx's)
-        progress = self._worker.progress
+        progress, deadline = self._worker.progress, time.monotonic() + _TIMEOUT
         for request in requests:
+            spins = 0
             while not request.completed:
                 progress()
+                spins += 1
+                if not spins % _SPINS and time.monotonic() > deadline:  # the other end died
+                    raise TimeoutError(f"nothing came for {_TIMEOUT} s")
             request.check_error()
 
     def serve(self, count: int) -> None:
@@ -235,7 +242,7 @@ class _Process:
                 with suppress(OSError):
                     pipe.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5.0)
+            self._process.wait(1.0)
             return
         self._process.kill()
         self._process.wait()
@@ -300,7 +307,7 @@ def _main(library: str) -> None:
         what, arguments = json.loads(line)
         try:
             if end is None:
-                end = _NixlEnd() if library == "nixl" else _UcxxEnd()
+                end = {"nixl": _NixlEnd, "ucxx": _UcxxEnd}[library]()
             if what == "serve":
                 say({})
                 end.serve(**arguments)

@@ -40,10 +40,11 @@ NAMES: Final = (CONNECT, FIRST, AGAIN, COPY, NUMPY, TORCH, STORE_COPY)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a run measures: sizes in bytes, tensors of each, and looks at each tensor."""
+    """What a run measures: sizes in bytes, peers, rounds, and looks at each tensor."""
 
     sizes: tuple[int, ...]
-    tensors: int
+    peers: tuple[str, ...]
+    rounds: int
     looks: int
 
     @classmethod
@@ -56,7 +57,8 @@ class Settings:
         if any(size < 1 for size in sizes or ()):
             raise ValueError("sizes must be positive")
         chosen = sizes or (_QUICK_SIZES if quick else _SIZES)
-        return cls(sizes=chosen, tensors=2 if quick else 4, looks=10 if quick else 25)
+        peers = (NUMPY, STORE_COPY) if quick else (NUMPY, STORE_COPY, TORCH)
+        return cls(sizes=chosen, peers=peers, rounds=1 if quick else 4, looks=10 if quick else 25)
 
 
 @ray.remote
@@ -131,12 +133,13 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
     a_run.say("starting Ray")
     series: dict[tuple[int, str], list[float]] = defaultdict(list)
     with cluster():
-        for number in range(settings.tensors):
-            a_run.say(f"round {number + 1} of {settings.tensors}")
+        for number in range(settings.rounds):
+            a_run.say(f"round {number + 1} of {settings.rounds}")
             try:
                 _turn(settings, series)
-                for name in (NUMPY, TORCH, STORE_COPY):
-                    _store_turn(settings, name, series)
+                _store_turn(settings, [NUMPY, STORE_COPY], series)
+                if TORCH in settings.peers:
+                    _store_turn(settings, [TORCH], series)
             except (ray.exceptions.RayError, aiordt.AiordtError, TimeoutError) as exc:
                 a_run.figures.unavailable[f"round {number + 1}"] = reason(exc)
     figures = a_run.figures
@@ -171,17 +174,20 @@ def _turn(settings: Settings, series: dict[tuple[int, str], list[float]]) -> Non
         end([holder, viewer])
 
 
-def _store_turn(settings: Settings, name: str, series: dict[tuple[int, str], list[float]]) -> None:
+def _store_turn(
+    settings: Settings, names: list[str], series: dict[tuple[int, str], list[float]]
+) -> None:
     options: dict[str, Any] = {}
-    if name == TORCH:
+    if TORCH in names:  # read by Ray when the process starts
         options = {"runtime_env": {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}}
     holder, viewer = start(_Holder, **options), start(_Viewer, **options)
     try:
         get([holder.pid.remote(), viewer.pid.remote()])
         for nbytes in settings.sizes:
-            refs = get(holder.store.remote(nbytes, name))
-            looks = max(2, settings.looks // 5)
-            series[nbytes, name] += get(viewer.fetch.remote(refs, looks))
-            del refs
+            for name in names:
+                refs = get(holder.store.remote(nbytes, name))
+                looks = max(2, settings.looks // 5)
+                series[nbytes, name] += get(viewer.fetch.remote(refs, looks))
+                del refs
     finally:
         end([holder, viewer])
