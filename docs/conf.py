@@ -54,7 +54,10 @@ napoleon_custom_sections = ["Cost", "Cancellation", "Ownership", "Source"]
 
 # No intersphinx: the build must work without a network. Names of other projects are text.
 nitpick_ignore_regex = [
-    ("py:.*", r"_?(abc|asyncio|collections|contextlib|numpy|pickle|ray|socket|torch|typing)(\..*)?"),
+    (
+        "py:.*",
+        r"_?(abc|asyncio|collections|contextlib|numpy|pickle|ray|socket|torch|typing)(\..*)?",
+    ),
     ("py:.*", r"(builtins\.)?(BaseException|Exception|TimeoutError|TypeError|ValueError)"),
     ("py:.*", r"(bool|bytes|dict|float|int|list|memoryview|object|str|tuple|type|None)"),
     # The same, as they stand in annotations that are not evaluated.
