@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiordt._config import others
 from aiordt._errors import InvalidTypeError, UnavailableError
 from aiordt.abc import Availability, Transport, TransportMessage
+from aiordt.transports._ucx_devices import missing_rdma
 
 if TYPE_CHECKING:
     import socket
@@ -90,7 +91,7 @@ def probe(name: str) -> Availability:
             what = f"{what}: pip install aiordt[{place.extra}]"
             return Availability(usable=False, reason=what)
         if place.heavy:
-            return Availability(usable=True)
+            return Availability(usable=True, reason=missing_rdma())
     try:
         return load(name).probe()
     except UnavailableError as exc:
