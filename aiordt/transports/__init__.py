@@ -163,6 +163,12 @@ class Transports:
         for transport in self.made.values():
             transport.forget(peer_id)
 
+    @property
+    def registered(self) -> tuple[int, int]:
+        """Ranges of memory that are registered with devices, and their bytes."""
+        pairs = [transport.registered for transport in list(self.made.values())]
+        return sum(count for count, _ in pairs), sum(nbytes for _, nbytes in pairs)
+
     async def aclose(self) -> None:
         """Close all that were made."""
         for making in self._making.values():
