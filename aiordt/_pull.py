@@ -431,7 +431,7 @@ class Puller:
                 await finish(asyncio.gather(*reading, return_exceptions=True))
 
     async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
-        if ref.inline is None:
+        if ref.inline is None and ref.header.address.runtime_id == self.address.runtime_id:
             await self.registry.wait_ready([ref.header.key])  # DEV-1
         if into.nbytes > _COPY_ON_LOOP_NBYTES or ref.meta.device:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))
