@@ -10,6 +10,10 @@ Invariants, cited from code and tests:
     BLK-1  No blocking call on an event loop that is not aiordt's own thread's.
     ISO-1  A transfer that fails or is cancelled leaves every other transfer alone.
     DTH-1  When the other process is gone, every pending call raises within 2 s.
+    FAIR-1 A small read is not kept until all larger ones before it have ended.
+    HLD-1  Two-sided: what is sent is held (`Source.open`) until the transport has let go of
+           it; its owner may write over it as soon as it is free.
+    KEY-1  Two-sided: an owner gives out what the key of a part names, and nothing else.
 """
 
 from __future__ import annotations

@@ -26,18 +26,19 @@ from typing_extensions import override
 from aiordt import _wire
 from aiordt._arena import arena
 from aiordt._config import Config
-from aiordt._memory import view_memory
+from aiordt._memory import storage_range, view_memory
 from aiordt._peer import Network, RemotePeer, listen, listen_locally
 from aiordt._progress import IoThread, Workers, post
 from aiordt._registry import Registry
 from aiordt._types import DTYPE_CODES, DTYPES
 from aiordt.abc import Context, PeerAddress, SharedLink
-from aiordt.testing._pair import Exported, Pair
+from aiordt.testing._pair import Exported, Pair, sparse
+from aiordt.testing._polling import wait_until
 from aiordt.transports import Transports, names
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Self
 
     from aiordt.abc import Link
@@ -57,11 +58,12 @@ class _Half:
     def __init__(self, config: Config | None = None) -> None:
         runtime_id = os.urandom(_wire.NONCE_NBYTES)
         self._token = ctypes.create_string_buffer(runtime_id, len(runtime_id))
-        self._workers = Workers("testing", 2)
-        self.registry = Registry(self._workers)
+        self.workers = Workers("testing", 2)
+        self.registry = Registry(self.workers)
         self.io = IoThread()
+        self._exports: dict[bytes, tuple[list[object], list[torch.Tensor]]] = {}
         config = config or Config(transports=names())
-        self.transports = Transports(Context(self.io, self.registry, config), self._workers)
+        self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         listener = listen(_HOST)
         self.address = PeerAddress(
             _HOST,
@@ -92,6 +94,38 @@ class _Half:
         transport = await self.transports.get(name)
         return await transport.connect(RemotePeer(address, self._network))
 
+    def export(self, packed: list[list[Any]], *, shared: bool) -> list[object]:
+        """Export what `_pack` made; the key, and where each tensor is."""
+        return self._export([_unpack(each, shared=shared) for each in packed])
+
+    def export_sparse(self, nbytes: int, marks: dict[int, bytes], *, shared: bool) -> list[object]:
+        """Export so many bytes that are zero, but for some marks."""
+        if not shared:
+            return self._export([sparse(nbytes, marks)])
+        tensor = arena.empty((nbytes,), torch.uint8)  # new memory of the system: all zero
+        for offset, mark in marks.items():
+            tensor[offset : offset + len(mark)] = torch.frombuffer(
+                bytearray(mark), dtype=torch.uint8
+            )
+        return self._export([tensor])
+
+    def _export(self, tensors: list[torch.Tensor]) -> list[object]:
+        export = self.registry.begin(tensors, "testing")
+        leases = [object() for _ in export.groups]
+        self.registry.commit(export, leases)
+        self._exports[export.key] = (leases, tensors)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return [export.key, addresses, list(map(arena.locate, addresses))]
+
+    def overwrite(self, key: bytes) -> None:
+        """Give an export up; once nothing reads its tensors any more, write over them."""
+        leases, tensors = self._exports.pop(key)
+        self.registry.drop(leases)
+        storages = [storage_range(tensor) for tensor in tensors]
+        wait_until(lambda: not self.registry.busy(storages), what="the tensors are free", within=60)
+        for tensor in tensors:
+            tensor.zero_()
+
     def close(self) -> None:
         """End everything; blocks for a moment."""
 
@@ -100,7 +134,7 @@ class _Half:
             await self.transports.aclose()
 
         self.io.close(cleanup(), 5)
-        self._workers.close()
+        self.workers.close()
 
 
 # --- what the two processes say to each other ---------------------------------------------------
@@ -127,7 +161,7 @@ def _receive_exactly(sock: socket.socket, nbytes: int) -> bytearray:
 
 def _receive(sock: socket.socket) -> Any:  # noqa: ANN401
     (length,) = _LENGTH.unpack(_receive_exactly(sock, _LENGTH.size))
-    return msgpack.unpackb(_receive_exactly(sock, length))
+    return msgpack.unpackb(_receive_exactly(sock, length), strict_map_key=False)
 
 
 def _pack(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], bytes]:
@@ -171,14 +205,15 @@ def serve(fd: int, *, busy: bool) -> None:
     torch.set_num_threads(1)
     half = _Half()
     _send(control, dataclasses.astuple(half.address))
+    commands: dict[str, Callable[..., object]] = {
+        "export": half.export,
+        "export_sparse": half.export_sparse,
+        "overwrite": half.overwrite,
+    }
     with suppress(EOFError, ConnectionError):
         while True:
-            shared, packed = _receive(control)
-            tensors = [_unpack(each, shared=shared) for each in packed]
-            export = half.registry.begin(tensors, "testing")
-            half.registry.commit(export, [object() for _ in export.groups])
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            _send(control, [export.key, addresses, list(map(arena.locate, addresses))])
+            name, arguments, options = _receive(control)
+            _send(control, commands[name](*arguments, **options))
     os._exit(0)
 
 
@@ -228,14 +263,40 @@ class ServingProcess:
             tensors: What to export.
             shared: Whether the copies are to lie in shared memory.
         """
-        _send(self._control, [shared, [_pack(tensor) for tensor in tensors]])
-        key, addresses, segments = _receive(self._control)
+        packed = [_pack(tensor) for tensor in tensors]
+        key, addresses, segments = self._call("export", packed, shared=shared)
         return [
             Exported(key, index, address, tensor, segment)
             for index, (address, segment, tensor) in enumerate(
                 zip(addresses, segments, tensors, strict=True)
             )
         ]
+
+    def export_sparse(
+        self, nbytes: int, marks: Mapping[int, bytes], *, shared: bool = False
+    ) -> Exported:
+        """Make it export so many bytes that are zero, but for some marks; blocks.
+
+        Args:
+            nbytes: How many.
+            marks: What is at which offset.
+            shared: As of `export`; only there they all take memory.
+        """
+        key, (address,), (segment,) = self._call(
+            "export_sparse", nbytes, dict(marks), shared=shared
+        )
+        return Exported(key, 0, address, sparse(nbytes, marks), segment)
+
+    def overwrite(self, exported: Exported) -> None:
+        """Make it give an export up, and write over its tensors once nothing reads them.
+
+        Blocks until it has.
+        """
+        self._call("overwrite", exported.key)
+
+    def _call(self, name: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401
+        _send(self._control, [name, arguments, options])
+        return _receive(self._control)
 
     def stop(self) -> None:
         """Stop it with SIGSTOP."""
@@ -263,10 +324,20 @@ class _ProcessPair(Pair):
         self.can_pause = link.packs  # a one-sided link needs nothing of the other process
         self._half = half
         self._process = process
+        self._shared = isinstance(link, SharedLink)
 
     @override
     async def export(self, tensors: Sequence[torch.Tensor]) -> list[Exported]:
-        return self._process.export(tensors, shared=isinstance(self.link, SharedLink))
+        return self._process.export(tensors, shared=self._shared)
+
+    @override
+    async def export_sparse(self, nbytes: int, marks: Mapping[int, bytes]) -> Exported:
+        return self._process.export_sparse(nbytes, marks, shared=self._shared)
+
+    @override
+    async def overwrite(self, exported: Exported) -> None:
+        # Not on the loop: what is read meanwhile may need it.
+        await self._half.workers.run(lambda: self._process.overwrite(exported))
 
     @override
     async def kill(self) -> None:
