@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiordt._actor import AsyncActor, method
 from aiordt._arena import empty, empty_like, zeros
 from aiordt._config import Config, configure
+from aiordt._device import DeviceWarning
 from aiordt._errors import (
     AiordtError,
     AuthenticationError,
@@ -34,6 +35,7 @@ __all__ = [
     "AuthenticationError",
     "ClosedError",
     "Config",
+    "DeviceWarning",
     "Explanation",
     "GroupError",
     "OutOfMemoryError",

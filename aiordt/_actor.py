@@ -206,7 +206,7 @@ def method(
     resolve: bool = False,
     snapshot: bool = False,
 ) -> Any:
-    """Decorate a method of an `AsyncActor`: tensors in its result stay here, as refs.
+    """Decorate a method of an `AsyncActor`: tensors and arrays in its result stay here, as refs.
 
     For ``async def``, ``def`` and generator methods of either kind. A result without tensors
     passes through untouched. Composes with ``@ray.method`` in either order.

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 #: aiordt's own transports, in order of preference for host memory.
-TRANSPORTS: Final = ("shm", "cma", "tcp")
+TRANSPORTS: Final = ("shm", "cma", "nixl", "tcp", "ucx")
 #: Names that are taken for what is to come; asking for one says that it is not there yet.
-PLANNED: Final = ("nixl", "ucx", "cuda_ipc")
+PLANNED: Final = ("cuda_ipc",)
 _ENV_PREFIX: Final = "AIORDT_"
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
-from aiordt import _config, _wire
+from aiordt import _config, _device, _wire
 from aiordt._arena import arena
 from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError
+from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from aiordt._registry import Export
+    from aiordt.abc import Event
 
 _CLONE_ON_LOOP_NBYTES: Final = MIB
 
@@ -46,11 +49,6 @@ def check_transport(name: str | None) -> None:
         raise InvalidValueError(f"there is no transport {name!r}; there are {', '.join(known)}")
 
 
-def is_tensor(value: object) -> bool:
-    """Whether ``value`` is what becomes a ref."""
-    return isinstance(value, torch.Tensor)
-
-
 class Exporting:
     """A tree whose tensors become refs, in three steps: plan, lease, refs.
 
@@ -59,11 +57,16 @@ class Exporting:
     """
 
     def __init__(self, tree: object, label: str, *, transport: str | None, snapshot: bool) -> None:
-        self._flat = Flat(tree, is_tensor)
+        self._flat = Flat(tree, is_leaf, inside=is_tensor)  # LEAF-1
         self._label = label
         self._transport = transport
         self._snapshot = snapshot
-        tensors: list[torch.Tensor] = self._flat.leaves
+        leaves = self._flat.leaves
+        self._others: dict[int, object] = {
+            index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)
+        }
+        self._arrays = {i for i, leaf in self._others.items() if isinstance(leaf, np.ndarray)}
+        tensors: list[torch.Tensor] = [*map(as_tensor, leaves)] if self._others else leaves
         for tensor in tensors:
             check_exportable(tensor)
         self._tensors = [
@@ -79,6 +82,7 @@ class Exporting:
             [index for index in range(len(tensors)) if index not in self._inline] if tensors else []
         )
         self._export: Export | None = None
+        self._ready: Event | None = None
 
     def _choose_inline(self) -> dict[int, bytes]:
         if self._transport is not None:
@@ -101,6 +105,8 @@ class Exporting:
         chosen = {}
         for index, tensor in enumerate(self._tensors):
             nbytes = tensor.nbytes
+            if not tensor.is_cpu:
+                continue  # by value would mean to wait for its device
             if nbytes <= config.inline_nbytes and nbytes <= room:
                 room -= nbytes
                 chosen[index] = raw_bytes(tensor)
@@ -111,17 +117,27 @@ class Exporting:
         """Bytes that are to be copied first, for a snapshot."""
         if not self._snapshot:
             return 0
-        return sum(self._tensors[index].nbytes for index in self._exported)
+        return sum(self._tensors[i].nbytes for i in self._exported if self._tensors[i].is_cpu)
 
     @property
     def originals(self) -> list[torch.Tensor]:
         """What is copied for a snapshot."""
         return [self._tensors[index] for index in self._exported]
 
+    def clone_on_devices(self) -> None:
+        """Queue the copies of what is on devices, on the caller's streams."""
+        for index in self._exported if self._snapshot else ():
+            tensor = self._tensors[index]
+            if not tensor.is_cpu:
+                self._tensors[index] = same_kind(tensor.detach().clone(), tensor)
+                self._others.pop(index, None)
+
     def clone(self) -> None:
-        """Make the copies; for many bytes, call it off the loop."""
+        """Make the copies of what is in host memory; for many bytes, call it off the loop."""
         for index in self._exported:
             tensor = self._tensors[index]
+            if not tensor.is_cpu:
+                continue
             copy = (
                 self.runtime.pool.empty(tensor.shape, tensor.dtype)
                 if (tensor.is_contiguous())
@@ -129,6 +145,14 @@ class Exporting:
             )
             copy.copy_(tensor.detach())
             self._tensors[index] = same_kind(copy, tensor)
+            self._others.pop(index, None)
+            if index in self._arrays:
+                self._others[index] = as_array(copy)
+
+    def record(self) -> None:
+        """Note what the caller's streams have queued; on the caller's thread."""
+        if self._exported:
+            self._ready = _device.record(self._tensors[index] for index in self._exported)
 
     async def begin(self) -> int:
         """Hold what is to be exported, once there is room for it.
@@ -141,9 +165,15 @@ class Exporting:
         registry = self.runtime.registry
         tensors = [self._tensors[index] for index in self._exported]
         if registry.limited:
-            self._export = await registry.begin_when_room(tensors, self._label)
+            self._export = await registry.begin_when_room(tensors, self._label, self._ready)
         else:
-            self._export = registry.begin(tensors, self._label)
+            self._export = registry.begin(tensors, self._label, self._ready)
+        if self._others:
+            self._export.others = {
+                number: self._others[position]
+                for number, position in enumerate(self._exported)
+                if position in self._others
+            }
         return len(self._export.groups)
 
     def abandon(self) -> None:
@@ -162,14 +192,16 @@ class Exporting:
                 leases.update(dict.fromkeys(group, lease))
         else:
             key = _wire.new_key()
-        header = make_header(key, self._transport)
+        pending = self._export is not None and not self._export.ready.done()
+        header = make_header(key, self._transport, pending=pending)
         numbers = {position: number for number, position in enumerate(self._exported)}
         refs = []
         for position, tensor in enumerate(self._tensors):
             number = numbers.get(position)
             index = len(self._exported) + position if number is None else number
             lease_or_none = None if number is None else leases[number]
-            packed, cls = _describe(tensor, inline=number is None)
+            flags = _wire.FLAG_NUMPY if position in self._arrays else 0
+            packed, cls = _describe(tensor, flags, inline=number is None)
             inline = self._inline.get(position)
             refs.append(TensorRef(header, index, packed, lease_or_none, inline, cls))
         return self._flat.rebuild(refs)
@@ -188,8 +220,11 @@ def same_kind(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return copy.requires_grad_(original.requires_grad)
 
 
-def _describe(tensor: torch.Tensor, *, inline: bool) -> tuple[bytes, type[torch.Tensor] | None]:
-    flags = _wire.FLAG_REQUIRES_GRAD if tensor.requires_grad else 0
+def _describe(
+    tensor: torch.Tensor, flags: int, *, inline: bool
+) -> tuple[bytes, type[torch.Tensor] | None]:
+    if tensor.requires_grad:
+        flags |= _wire.FLAG_REQUIRES_GRAD
     cls: type[torch.Tensor] | None = type(tensor)
     if cls is torch.nn.Parameter:
         flags |= _wire.FLAG_PARAMETER
@@ -203,6 +238,7 @@ def _describe(tensor: torch.Tensor, *, inline: bool) -> tuple[bytes, type[torch.
         None if contiguous else tensor.stride(),
         0 if inline else tensor.data_ptr(),
         0 if inline else arena.locate(tensor.data_ptr()),
+        "" if tensor.is_cpu else str(tensor.device),
     )
     return _wire.pack_meta(meta), cls
 
@@ -212,12 +248,14 @@ async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool
     exporting = Exporting(tree, label, transport=transport, snapshot=snapshot)
     if exporting.empty:
         return tree
+    exporting.clone_on_devices()
     if nbytes := exporting.clones:
         if nbytes <= _CLONE_ON_LOOP_NBYTES:
             exporting.clone()
         else:
             with exporting.runtime.registry.holding(exporting.originals):  # REG-3
                 await finish(exporting.runtime.workers.run(exporting.clone))
+    exporting.record()
     count = await exporting.begin()
     try:
         markers = await exporting.runtime.markers.take(count) if count else []
@@ -232,8 +270,10 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
     exporting = Exporting(tree, label, transport=transport, snapshot=snapshot)
     if exporting.empty:
         return tree
+    exporting.clone_on_devices()
     if exporting.clones:
         exporting.clone()
+    exporting.record()
     count = exporting.runtime.io.run_sync(exporting.begin())
     try:
         markers = exporting.runtime.markers.take_blocking(count) if count else []
@@ -244,14 +284,17 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
 
 
 async def put(tree: Any, *, transport: str | None = None, snapshot: bool = False) -> Any:  # noqa: ANN401
-    """Turn every tensor in ``tree`` into a `TensorRef`, held by this process.
+    """Turn every tensor and array in ``tree`` into a `TensorRef`, held by this process.
+
+    A numpy array arrives as an array; what else has ``__dlpack__`` arrives as a tensor.
 
     Works in drivers, tasks and actors of any kind. A task worker that exported stays alive
     for as long as somebody holds a ref.
 
     Args:
-        tree: A tensor, or any value with tensors in it: containers are walked, other objects
-            are searched as they would be pickled.
+        tree: A tensor or array, or any value with such in it: containers are walked, other
+            objects are searched for tensors as they would be pickled. Arrays that PyTorch
+            cannot take, and those in objects that are no containers, are left as they are.
         transport: Only this transport may move the tensors; it also turns inlining off.
         snapshot: Export copies, so that later in-place changes are not seen.
 
@@ -259,7 +302,7 @@ async def put(tree: Any, *, transport: str | None = None, snapshot: bool = False
         The same tree with refs in the tensors' places; ``tree`` itself if it has no tensor.
 
     Raises:
-        UsageError: A tensor cannot be exported (sparse, quantized, not in host memory, ...), or
+        UsageError: A tensor cannot be exported (sparse, quantized, on a strange device, ...), or
             there is no such transport. Nothing was exported.
         UnavailableError: The transport cannot be used in this process.
 

@@ -7,13 +7,15 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import numpy as np
 import torch
 from ray import ObjectRef
 
-from aiordt import _ray
+from aiordt import _device, _ray
 from aiordt._errors import InvalidTypeError, InvalidValueError
-from aiordt._export import check_transport, is_tensor, same_kind
+from aiordt._export import check_transport, same_kind
 from aiordt._landing import describe
+from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._progress import run_all
 from aiordt._ref import TensorRef
 from aiordt._runtime import current, current_for
@@ -56,15 +58,16 @@ async def get(
         x: A `TensorRef`, a tree of them, or a Ray ``ObjectRef`` whose value holds them.
             ObjectRefs anywhere in the tree are awaited too. The same ref twice arrives as
             one tensor.
-        into: Tensors to receive into, in a tree of the same structure; they are what is
-            returned, with their identity. Shapes and dtypes are checked first.
-        device: Move what arrives to this device.
-        dtype: Convert what arrives to this dtype (floating-point tensors only).
+        into: Tensors or numpy arrays to receive into, in a tree of the same structure; they are
+            what is returned, with their identity. Shapes and dtypes are checked first.
+        device: Move what arrives to this device. On another than the CPU, arrays become tensors.
+        dtype: Convert what arrives to this dtype (floating-point tensors and arrays only). Arrays
+            stay arrays, unless numpy has no such dtype.
         transport: Use this transport only.
 
     Returns:
-        The same tree with tensors in the places of the refs, with the strides that
-        `torch.clone` gives.
+        The same tree with tensors (numpy arrays, where such were exported) in the places of the
+        refs, with the strides that `torch.clone` gives.
 
     Raises:
         OwnerDiedError: The process that held a tensor is gone.
@@ -166,14 +169,17 @@ async def _get_into(
             "into= works with refs in dicts, lists, tuples, dataclasses and TensorDicts; some of "
             "these are inside other objects"
         )
-    for ref, target in zip(flat.leaves, targets, strict=True):
-        _check_target(ref, target)
+    tensors = [_target(ref, target) for ref, target in zip(flat.leaves, targets, strict=True)]
     if flat.leaves:
-        await current_for(flat.leaves[0]).pull_all(flat.leaves, transport, targets)
+        await current_for(flat.leaves[0]).pull_all(flat.leaves, transport, tensors)
     return flat.rebuild(targets)
 
 
-def _check_target(ref: TensorRef, target: torch.Tensor) -> None:
+def _target(ref: TensorRef, given: Any) -> torch.Tensor:  # noqa: ANN401
+    """What to receive into, checked."""
+    if not isinstance(given, torch.Tensor) and not given.flags.writeable:
+        raise InvalidValueError("into= has a read-only array")
+    target = as_tensor(given)
     if target.shape != ref.shape or target.dtype != ref.dtype:
         raise InvalidValueError(
             f"into= has a tensor {tuple(target.shape)} {target.dtype} where {describe(ref)} "
@@ -184,6 +190,7 @@ def _check_target(ref: TensorRef, target: torch.Tensor) -> None:
     strides = zip(target.shape, target.stride(), strict=True)
     if any(size > 1 and stride == 0 for size, stride in strides):
         raise InvalidValueError("into= has an expanded tensor, whose elements share memory")
+    return target
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
@@ -191,11 +198,10 @@ def _checked_device(device: torch.device | str | None) -> torch.device | None:
         return None
     try:
         checked = torch.device(device)
-        torch.empty(0, device=checked)
+        return torch.empty(0, device=checked).device  # with its number
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as exc:
         reason = str(exc).splitlines()[0]
         raise InvalidValueError(f"device {device!r} cannot be used here: {reason}") from exc
-    return checked
 
 
 async def _converted(
@@ -203,23 +209,43 @@ async def _converted(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> Any:  # noqa: ANN401
-    """Convert the tensors of what arrived; large ones on a worker thread."""
+    """Convert the tensors of what arrived; in host memory, large ones on a worker thread."""
     if device is None and dtype is None:
         return value
-    flat = Flat(value, is_tensor)
+    flat = Flat(value, is_leaf, inside=is_tensor)  # LEAF-1
 
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
+    def convert(leaf: Any) -> Any:  # noqa: ANN401
+        tensor = as_tensor(leaf)
         wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
-        converted = tensor.detach().to(device=device, dtype=wanted)
+        plain = tensor.detach()
+        converted = plain.to(device=device, dtype=wanted)
+        if isinstance(leaf, np.ndarray):
+            return leaf if converted is plain else as_array(converted)
         if tensor.requires_grad or type(tensor) is not torch.Tensor:
             return same_kind(converted, tensor)
         return converted
 
-    nbytes = sum(tensor.nbytes for tensor in flat.leaves)
+    async def moved(leaf: Any) -> Any:  # noqa: ANN401
+        tensor = as_tensor(leaf)
+        wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        plain = tensor.detach()
+        where = device or plain.device
+        if where != plain.device:
+            plain = await _device.move(plain, where, wanted, current().workers)
+        elif wanted is not None:
+            plain = plain.to(wanted)
+        if isinstance(leaf, np.ndarray):
+            return as_array(plain)
+        return same_kind(plain, tensor)
+
+    tensors = [as_tensor(leaf) for leaf in flat.leaves]
+    if "cuda" in {tensor.device.type for tensor in tensors} | {device and device.type}:
+        return flat.rebuild([await moved(leaf) for leaf in flat.leaves])
+    nbytes = sum(tensor.nbytes for tensor in tensors)
     if nbytes <= _CONVERT_ON_LOOP_NBYTES:
-        return flat.rebuild([convert(tensor) for tensor in flat.leaves])
+        return flat.rebuild([convert(leaf) for leaf in flat.leaves])
     return flat.rebuild(
-        await current().workers.run(lambda: [convert(tensor) for tensor in flat.leaves])
+        await current().workers.run(lambda: [convert(leaf) for leaf in flat.leaves])
     )
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
 import torch
 
 from aiordt import _device, _wire
-from aiordt._errors import InvalidValueError
+from aiordt._errors import InvalidValueError, UnavailableError
 from aiordt._layout import Cut, first_run
+from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
 from aiordt._types import DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiordt._memory import Pool
     from aiordt._types import Owner
     from aiordt._wire import TensorMeta
+    from aiordt.abc import Link
 
 
 #: Pieces under this many bytes are small ...
@@ -37,6 +42,7 @@ class Header:
         owner: Who that is.
         key: Key of the export.
         transport: The transport that the exporter demanded, if any.
+        pending: Whether a device of the owner may still be making the tensors.
         noted: Whether the owner was told that this process pulled.
     """
 
@@ -46,6 +52,7 @@ class Header:
     owner: Owner
     key: bytes
     transport: str | None
+    pending: bool = False
     noted: bool = False
 
 
@@ -71,6 +78,26 @@ class Pullable(Protocol):
     def released(self) -> bool:
         """Whether it was given up."""
         ...
+
+
+def check_reach(name: str, link: Link, refs: Sequence[Pullable]) -> None:
+    """Refuse a transport that cannot read the memory that a tensor is in.
+
+    Raises:
+        UnavailableError: It can neither read it nor have its owner stage it.
+    """
+    for ref in refs:
+        reason = out_of_reach(link, ref)
+        if reason:
+            raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name)
+
+
+def out_of_reach(link: Link, ref: Pullable) -> str:
+    """Why a link cannot bring a tensor from its owner's device; empty if it can."""
+    device = ref.meta.device
+    if not device or link.packs or torch.device(device).type in link.devices:
+        return ""
+    return f"it does not read the memory of devices, and the tensor is on {device}"
 
 
 def dtype_of(code: int) -> torch.dtype:
@@ -106,9 +133,11 @@ def describe(ref: Pullable) -> str:
     return f"tensor {tuple(meta.shape)} {str(dtype_of(meta.dtype)).removeprefix('torch.')}"
 
 
-def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
-    """Give a received tensor the class and the ``requires_grad`` of the original."""
+def dress(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
+    """Make a received tensor what the original was: an array, a class, ``requires_grad``."""
     flags = ref.meta.flags
+    if flags & _wire.FLAG_NUMPY:
+        return as_array(tensor)
     requires_grad = bool(flags & _wire.FLAG_REQUIRES_GRAD)
     if flags & _wire.FLAG_PARAMETER:
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
@@ -117,8 +146,16 @@ def dress(tensor: torch.Tensor, ref: Pullable) -> torch.Tensor:
     return tensor.requires_grad_(True) if requires_grad else tensor  # noqa: FBT003
 
 
-def unpack_inline(ref: Pullable, data: bytes) -> torch.Tensor:
-    """The tensor of a ref that carries its bytes."""
+def as_seen(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
+    """A tensor in another process's memory, or a read-only array if that is what it is there."""
+    seen = as_array(tensor) if ref.meta.flags & _wire.FLAG_NUMPY else tensor
+    if isinstance(seen, np.ndarray):
+        seen.flags.writeable = False
+    return seen
+
+
+def unpack_inline(ref: Pullable, data: bytes) -> Any:  # noqa: ANN401
+    """What a ref that carries its bytes stands for."""
     meta = ref.meta
     shape = meta.shape if meta.stride is None else tuple(_order_of(meta).shape)
     return dress(_from_order(from_raw_bytes(data, shape, dtype_of(meta.dtype)), meta), ref)
@@ -126,19 +163,21 @@ def unpack_inline(ref: Pullable, data: bytes) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Landing:
-    """A tensor that is being received.
+    """A tensor that is being received, in host memory.
 
     Attributes:
         ref: The ref that was awaited.
         tensor: What the bytes are written to, in the order in which they travel.
         part: What to read.
         into: The caller's tensor, if it is another than ``tensor``.
+        home: The device that it goes to next, if any.
     """
 
     ref: Pullable
     tensor: torch.Tensor
     part: Part
     into: torch.Tensor | None = None
+    home: torch.device | None = None
 
     @property
     def copy_nbytes(self) -> int:
@@ -148,15 +187,16 @@ class Landing:
             return num_bytes(meta)
         return 0
 
-    def finish(self) -> torch.Tensor:
+    def finish(self) -> Any:  # noqa: ANN401
         """What the caller gets, once all bytes have come."""
         tensor = self.tensor
         ref = self.ref
-        _device.layer(tensor.device).wait_on_stream(tensor.device, _device.DONE)
         if ref.meta.stride is not None:
             tensor = _from_order(tensor, ref.meta)
         if self.into is not None:
             return copy_into(self.into, tensor)
+        if self.home is not None:
+            return tensor  # dressed when it is there
         return dress(tensor, ref) if ref.meta.flags or ref.cls else tensor
 
 
@@ -207,13 +247,24 @@ def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing
         meta.device or "cpu",
         tensor,
     )
-    return Landing(ref, tensor, part, into)
+    home = _device.home(meta.device) if into is None else None
+    return Landing(ref, tensor, part, into, home)
 
 
-def copy_into(into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+async def hand_over(landings: Sequence[Landing], finished: list[Any]) -> list[Any]:
+    """What each `Landing.finish` gave, on its device, ordered for the caller's stream (DEV-3)."""
+    for index, landing in enumerate(landings):
+        if landing.home is not None:  # pragma: no cover  (needs a GPU)
+            moved = await _device.layer(landing.home).unstage(finished[index], landing.home)
+            finished[index] = dress(moved, landing.ref)
+    _device.wait_on_stream(landings[0].tensor, _device.DONE)
+    return finished
+
+
+def copy_into(into: torch.Tensor, arrived: Any) -> torch.Tensor:  # noqa: ANN401
     """Fill the caller's tensor, unless the bytes were received there."""
-    if into is not tensor:
-        into.detach().copy_(tensor.detach())
+    if into is not arrived:
+        into.detach().copy_(as_tensor(arrived).detach())
     return into
 
 

@@ -24,7 +24,7 @@ class Cut:
         stride: Strides at the owner, in elements.
         itemsize: Bytes of an element there.
         dtype: Code of the dtype to which the owner converts them first; ``None``: as they are.
-            Only a link that `packs` may be given one.
+            Only links whose owner packs take one.
     """
 
     offset: int

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -91,6 +92,15 @@ class _Block:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 start = self.address - base
                 self._map.madvise(mmap.MADV_HUGEPAGE, start - start % mmap.PAGESIZE, nbytes)
+        _blocks[self.address] = self
+
+
+_blocks: weakref.WeakValueDictionary[int, _Block] = weakref.WeakValueDictionary()
+
+
+def block_at(address: int) -> _Block | None:
+    """The pool's block that starts at ``address``; it outlives the storages made on it."""
+    return _blocks.get(address)
 
 
 class Home(Protocol):

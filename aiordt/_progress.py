@@ -139,13 +139,13 @@ async def finish(work: asyncio.Future[_T], stop: Callable[[], object] | None = N
 class IoThread:
     """A daemon thread with an event loop of its own, which serves peers whatever users do."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "io") -> None:
         # Not the policy's: under Ray that is uvloop, whose add_reader makes a socket
         # non-blocking behind the back of the thread that sends on it.
         self.loop = asyncio.SelectorEventLoop()
         self._lock = threading.Lock()
         self._ending = False  # no more work is taken
-        self._thread = threading.Thread(target=self._run, name="aiordt-io", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"aiordt-{name}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

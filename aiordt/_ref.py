@@ -45,7 +45,7 @@ class Lease:
 
 
 class TensorRef:
-    """A tensor of some process of the cluster; ``await`` it to have it here.
+    """A tensor, or array, of some process of the cluster; ``await`` it to have it here.
 
     Made by `aiordt.method` and `aiordt.put`, never by hand. It may be passed to any actor or
     task, in arguments, nested in them, returned, and sent on; the tensor stays where it is
@@ -117,7 +117,7 @@ class TensorRef:
     @property
     def device(self) -> torch.device:
         """The device that it is on at its owner."""
-        return torch.device("cpu")
+        return torch.device(self.meta.device or "cpu")
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +143,7 @@ class TensorRef:
         self.inline = None
         self.lease = None
 
-    def view(self) -> AbstractAsyncContextManager[torch.Tensor]:
+    def view(self) -> AbstractAsyncContextManager[Any]:
         """See a tensor in shared memory without a copy: ``async with ref.view() as t:``.
 
         Works for tensors that their owner, a process of this host, made by `aiordt.empty` (or
@@ -156,7 +156,7 @@ class TensorRef:
         stays readable, but may be overwritten.
 
         Returns:
-            A context manager that gives the tensor: detached, with the owner's strides.
+            A context manager that gives the tensor, detached, with the owner's strides.
 
         Raises:
             UnavailableError: The tensor is not in shared memory, or not on this host.
@@ -169,7 +169,7 @@ class TensorRef:
         """
         return _View(self)
 
-    def __await__(self) -> Generator[Any, None, torch.Tensor]:
+    def __await__(self) -> Generator[Any, None, Any]:
         return current_for(self).pull(self).__await__()
 
     @override
@@ -206,7 +206,7 @@ class _View:
         self._ref = ref
         self._lease: Lease | None = None
 
-    async def __aenter__(self) -> torch.Tensor:
+    async def __aenter__(self) -> Any:  # noqa: ANN401
         self._lease = self._ref.lease  # release() meanwhile must not free what is looked at
         return await current_for(self._ref).view(self._ref)
 
@@ -266,22 +266,28 @@ def _unpack_origin(origin: bytes) -> tuple[PeerAddress, Owner]:
     return address, Owner(node_id, pid, actor_id, name)
 
 
-def _rebuild_header(origin: bytes, key: bytes, transport: str | None) -> Header:
+def _rebuild_header(
+    origin: bytes,
+    key: bytes,
+    transport: str | None,
+    pending: bool = False,  # noqa: FBT001, FBT002  (called by pickle)
+) -> Header:
     """May run on Ray's callback thread or on an actor's loop: no call into Ray, no wait."""
     address, owner = _unpack_origin(origin)
-    return Header(_ray.session_or_none(), origin, address, owner, key, transport)
+    return Header(_ray.session_or_none(), origin, address, owner, key, transport, pending)
 
 
 def _reduce_header(header: Header) -> tuple[object, ...]:
-    return _rebuild_header, (header.origin, header.key, header.transport)
+    args: tuple[object, ...] = (header.origin, header.key, header.transport)
+    return _rebuild_header, (*args, True) if header.pending else args
 
 
-def make_header(key: bytes, transport: str | None) -> Header:
+def make_header(key: bytes, transport: str | None, *, pending: bool = False) -> Header:
     """The header of a result that this process exports."""
     runtime = current()
     address, owner = runtime.address, runtime.owner
     origin = _pack_origin(address, owner)
-    return Header(runtime.session, origin, address, owner, key, transport)
+    return Header(runtime.session, origin, address, owner, key, transport, pending)
 
 
 _ray.register_reducer(TensorRef, _reduce_ref)

@@ -64,6 +64,7 @@ class Export:
         label: Where it was made, for people.
         created: `time.monotonic` when it was made.
         ready: What must have happened on the device before the bytes may be read.
+        others: What this process awaits instead of a tensor: the array that it was made of.
         seen_by: Runtime ids of processes that said they pulled it.
         local: Whether it was awaited in this process.
         warned: Whether the warning about that was given.
@@ -76,6 +77,7 @@ class Export:
     label: str
     created: float
     ready: Event
+    others: dict[int, object] = field(default_factory=dict)
     seen_by: set[bytes] = field(default_factory=set)
     local: bool = False
     warned: bool = False
@@ -140,13 +142,20 @@ class Registry(Source):
         self._waiters: dict[StorageKey, set[_Waiter]] = {}
         self._ends: dict[bytes, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
 
-    def begin(self, tensors: Sequence[torch.Tensor], label: str) -> Export:
+    def begin(
+        self, tensors: Sequence[torch.Tensor], label: str, ready: Event | None = None
+    ) -> Export:
         """Start an export; it holds its tensors' storages until `commit` or `abandon`.
+
+        Args:
+            tensors: What is exported.
+            label: Where, for people.
+            ready: The work that makes them; ``None``: what the caller's streams have queued.
 
         Returns:
             The export, whose ``groups`` say how many leases it needs and for what.
         """
-        export = self._prepare(tensors, label)
+        export = self._prepare(tensors, label, ready)
         self._hold(export)
         return export
 
@@ -155,14 +164,16 @@ class Registry(Source):
         """Whether there is a limit to exported bytes, so that `begin_when_room` is to be used."""
         return self._limit > 0
 
-    async def begin_when_room(self, tensors: Sequence[torch.Tensor], label: str) -> Export:
+    async def begin_when_room(
+        self, tensors: Sequence[torch.Tensor], label: str, ready: Event | None = None
+    ) -> Export:
         """As `begin`, once the limit leaves room for it: first come, first served.
 
         Raises:
             InvalidValueError: It is over the limit by itself.
             ClosedError: The registry was closed meanwhile.
         """
-        export = self._prepare(tensors, label)
+        export = self._prepare(tensors, label, ready)
         self._check_limit(export)
         with self._lock:
             if not self._queue and self._fits(export):
@@ -216,7 +227,7 @@ class Registry(Source):
                 post(queued.loop, settle, queued.future, None, None)
 
     @staticmethod
-    def _prepare(tensors: Sequence[torch.Tensor], label: str) -> Export:
+    def _prepare(tensors: Sequence[torch.Tensor], label: str, ready: Event | None) -> Export:
         small: list[int] = []
         large: dict[StorageKey, list[int]] = {}
         storages = list(map(storage_range, tensors))
@@ -233,7 +244,7 @@ class Registry(Source):
             groups=groups,
             label=label,
             created=time.monotonic(),
-            ready=_device.layer(tensors[0].device).record(tensors[0].device),
+            ready=ready or _device.record(tensors),
         )
 
     def commit(self, export: Export, leases: Sequence[object]) -> None:
@@ -272,14 +283,14 @@ class Registry(Source):
 
     def drop(self, leases: Iterable[object]) -> None:
         """These leases are gone, over the whole cluster. Unknown ones are ignored."""
-        dead: list[torch.Tensor | None] = []  # freed outside the lock
+        dead: list[object] = []  # freed outside the lock
         with self._lock:
             for lease in leases:
                 export, group = self._leases.pop(lease, (None, []))
                 if export is None:
                     continue
                 for index in group:
-                    dead.append(export.tensors[index])
+                    dead += (export.tensors[index], export.others.pop(index, None))
                     export.tensors[index] = None
                 if all(tensor is None for tensor in export.tensors):
                     self._exports.pop(export.key, None)
@@ -376,6 +387,19 @@ class Registry(Source):
                     found.append(Outstanding(export.label, age, len(held), len(export.seen_by)))
         return sorted(found, key=lambda row: -row.age)
 
+    async def wait_ready(self, keys: Iterable[bytes]) -> None:
+        """Wait until the work that makes these exports has finished on its devices (DEV-1).
+
+        Raises:
+            TensorFreedError: One of them is not exported any more.
+        """
+        for key in keys:
+            with self._lock:
+                export = self._exports.get(key)
+            if export is None:
+                raise TensorFreedError("the owner gave this tensor up while its device made it")
+            await export.ready.wait()
+
     # --- looking up ------------------------------------------------------------------------
 
     def local(self, key: bytes, index: int) -> tuple[Export, torch.Tensor]:
@@ -447,6 +471,9 @@ class Registry(Source):
                 found = [self.local(key, index) for key, index, _ in items]
                 tensors = [tensor for _, tensor in found]
                 stack.enter_context(self.holding(tensors))
+            for export, _ in found:
+                if not export.ready.done():
+                    await export.ready.wait()  # DEV-1
             views = [
                 _cut_out(tensor, cut) for tensor, (_, _, cut) in zip(tensors, items, strict=True)
             ]
@@ -461,19 +488,9 @@ class Registry(Source):
                     f"the owner has {total} bytes there, not {nbytes}: was the tensor resized in "
                     "place after it was exported?"
                 )
-            if not all(
-                view.is_contiguous() and view.dtype is dtype
-                for view, dtype in zip(views, dtypes, strict=True)
-            ):
-                views = await self._workers.run(
-                    lambda: [
-                        view.to(dtype).contiguous()
-                        for view, dtype in zip(views, dtypes, strict=True)
-                    ]
-                )
-            yield Served(
-                [view_memory(view.data_ptr(), view.nbytes) for view in views], found[0][0].ready
-            )
+            views = await _device.stage(views, dtypes, self._workers)
+            pieces = [view_memory(view.data_ptr(), view.nbytes) for view in views]
+            yield Served(pieces, _device.DONE)
 
     def close(self) -> None:
         """Give everything up; waiters are woken and see that the runtime has ended."""
@@ -568,4 +585,5 @@ def check_exportable(tensor: torch.Tensor) -> None:
             f"{type(tensor).__qualname__} wraps other tensors (it defines __torch_dispatch__); "
             "export what it wraps, for a DTensor .to_local()"
         )
-    _device.layer(tensor.device)
+    if not tensor.is_cpu:
+        _device.layer(tensor.device)

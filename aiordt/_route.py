@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from aiordt import _wire
 from aiordt._config import PLANNED
 from aiordt._errors import (
     AuthenticationError,
@@ -14,6 +15,7 @@ from aiordt._errors import (
     PeerLostError,
     UnavailableError,
 )
+from aiordt._landing import out_of_reach
 from aiordt._metrics import phase
 from aiordt._peer import RemotePeer
 from aiordt._progress import post
@@ -24,7 +26,7 @@ from aiordt.transports import names, probe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aiordt._landing import Pullable
+    from aiordt._landing import Header, Pullable
     from aiordt._peer import Network
     from aiordt._progress import IoThread
     from aiordt._types import Owner
@@ -217,6 +219,17 @@ class Routes:
             f"no transport reaches {owner}: {reason}", reason=reason, transport="any"
         )
 
+    async def wait_ready(self, headers: Sequence[Header]) -> None:
+        """Wait until their owner's devices have made the tensors; it is asked once (DEV-1)."""
+        pending = {header.key: header for header in headers if header.pending}
+        if not pending:
+            return
+        phase("pull.pending")
+        (first, *_) = pending.values()
+        await self._io.run(self.peer(first.address).call(_wire.Ready(list(pending))))
+        for header in pending.values():
+            header.pending = False
+
     async def explain(self, ref: Pullable, here: bytes, suited: str | None) -> Explanation:
         """See `aiordt.explain`.
 
@@ -254,7 +267,12 @@ class Routes:
             else:
                 reasons[name] = "usable" if chosen is None else f"usable; {chosen} is preferred"
                 if name == suited == "tcp":
-                    reasons[name] += "; the owner packs this tensor of many small pieces"
+                    device = ref.meta.device
+                    reasons[name] += (
+                        f"; the owner stages it from {device} in host memory"
+                        if device
+                        else "; the owner packs this tensor of many small pieces"
+                    )
                 chosen = chosen or name
         return Explanation(chosen, reasons)
 
@@ -265,9 +283,9 @@ class Routes:
         if name in _PARTIAL and not ref.meta.segment:
             return NOT_SHARED
         try:
-            await self._link(self._way(ref.header.address), name)
+            link = await self._link(self._way(ref.header.address), name)
         except UnavailableError as exc:
             return exc.reason
         except (PeerLostError, AuthenticationError) as exc:
             return str(exc)
-        return ""
+        return out_of_reach(link, ref)

@@ -12,11 +12,11 @@ import logging
 import os
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
-from aiordt import _config, _ray, _relay, _wire
+from aiordt import _config, _device, _ray, _relay, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -29,11 +29,14 @@ from aiordt._landing import (
     Header,
     Landing,
     Pullable,
+    as_seen,
+    check_reach,
     copy_into,
     dense_stride_of,
     describe,
     dress,
     dtype_of,
+    hand_over,
     land,
     num_bytes,
     prefers_packing,
@@ -53,7 +56,7 @@ from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from aiordt._config import Config
     from aiordt._ray import Session
@@ -62,6 +65,8 @@ if TYPE_CHECKING:
     from aiordt.abc import Link
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 #: Notes to owners ("I pulled this") are gathered for so long.
 _NOTE_SECONDS: Final = 0.05
@@ -172,6 +177,9 @@ class Runtime:
                 if export is not None:
                     warn_if_shared(export)
             return None
+        if isinstance(message, _wire.Ready):
+            await self.registry.wait_ready(message.keys)
+            return message
         if isinstance(message, TransportMessage) and message.transport == _relay.NAME:
             watched = _relay.watched_key(message)
             if watched is None:
@@ -208,22 +216,23 @@ class Runtime:
 
     # --- looking ---------------------------------------------------------------------------
 
-    async def view(self, ref: Pullable) -> torch.Tensor:
+    async def view(self, ref: Pullable) -> Any:  # noqa: ANN401
         """See `aiordt.TensorRef.view`."""
         self._check(ref)
         tensor = self._here(ref)
         if tensor is not None:
             self._came_along(ref)
-            return tensor.detach()
+            return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
         self._check_shared(ref, "shm")
         meta = ref.meta
         dtype = dtype_of(meta.dtype)
         stride = dense_stride_of(meta)
         nbytes = span(meta.shape, stride, dtype.itemsize)
-        _, link = await self._found(ref.header, "shm", None)
+        _, link = await self._reached(ref.header, self._find(ref.header, "shm", None))
+        await self._reached(ref.header, self.routes.wait_ready([ref.header]))  # DEV-1
         assert isinstance(link, SharedLink)  # noqa: S101  (what `shm` is)
         flat = await link.view(meta.segment, meta.address, nbytes)
-        return flat.view(dtype).as_strided(meta.shape, stride)
+        return as_seen(flat.view(dtype).as_strided(meta.shape, stride), ref)
 
     # --- pulling ---------------------------------------------------------------------------
 
@@ -233,8 +242,8 @@ class Runtime:
         if ref.released:
             raise TensorFreedError("this ref was released: release() gave its tensor up")
 
-    def _here(self, ref: Pullable) -> torch.Tensor | None:
-        """The tensor, if its bytes need not be moved."""
+    def _here(self, ref: Pullable) -> Any:  # noqa: ANN401
+        """The tensor, or what it was made of, if its bytes need not be moved."""
         meta = ref.meta
         if ref.inline is not None:
             return unpack_inline(ref, ref.inline)
@@ -242,19 +251,21 @@ class Runtime:
             export, tensor = self.registry.local(ref.header.key, ref.index)
             export.local = True
             warn_if_shared(export)
-            return tensor
+            if not export.ready.done():
+                _device.wait_on_stream(tensor, export.ready)  # DEV-3
+            return export.others.get(ref.index, tensor)
         if num_bytes(meta) == 0:
             return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
         return None
 
-    def pull_nowait(self, ref: Pullable, transport: str | None) -> torch.Tensor | None:
+    def pull_nowait(self, ref: Pullable, transport: str | None) -> Any:  # noqa: ANN401
         """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
         self._check(ref)
         tensor = self._here(ref)
         if tensor is not None:
             self._came_along(ref)
             return tensor
-        if ref.meta.stride is not None:
+        if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
             return None
         forced = transport or ref.header.transport
         peer_id = ref.header.address.runtime_id
@@ -277,9 +288,10 @@ class Runtime:
         self._inline_nbytes += nbytes
         self.counters.pulled(name, 1, nbytes)
         self._arrived([ref])
+        _device.wait_on_stream(landing.tensor, _device.DONE)  # DEV-3
         return landing.finish()
 
-    async def pull(self, ref: Pullable, transport: str | None = None) -> torch.Tensor:
+    async def pull(self, ref: Pullable, transport: str | None = None) -> Any:  # noqa: ANN401
         """Pull one ref."""
         tensor = self.pull_nowait(ref, transport)
         if tensor is not None:
@@ -321,11 +333,14 @@ class Runtime:
             self._came_along(ref)
             results[index] = tensor
             if into is not None:
-                results[index] = await self._copied(into[index], tensor)
+                results[index] = await self._copied(ref, into[index], tensor)
 
         async def pull_batch(forced: str | None, suited: str | None, indices: list[int]) -> None:
             header = refs[indices[0]].header
-            name, link = await self._found(header, forced, suited)
+            finding = self._find(header, forced, suited)
+            name, link = await self._reached(header, finding)
+            asking = self.routes.wait_ready([refs[index].header for index in indices])
+            await self._reached(header, asking)
             for some in self._admissible(refs, indices):
                 batch = [refs[index] for index in some]
                 targets = None if into is None else [into[index] for index in some]
@@ -346,13 +361,15 @@ class Runtime:
     def _suited(self, ref: Pullable) -> str | None:
         """The transport that suits a tensor better than the way to its owner in general.
 
-        Shared memory if it lies there; for one of tiny pieces, a link whose owner packs them.
+        Shared memory if it lies there; for one of tiny pieces, or on a device, a link whose
+        owner packs or stages them.
         """
         allowed = self.config.transports
         peer_id = ref.header.address.runtime_id
         if ref.meta.segment and "shm" in allowed and not self.routes.refused(peer_id, "shm"):
             return "shm"
-        return "tcp" if prefers_packing(ref.meta) and "tcp" in allowed else None
+        wanted = prefers_packing(ref.meta) or bool(ref.meta.device)
+        return "tcp" if wanted and "tcp" in allowed else None
 
     @staticmethod
     def _check_shared(ref: Pullable, forced: str | None) -> None:
@@ -362,14 +379,18 @@ class Runtime:
                 f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
             )
 
-    async def _found(
+    async def _find(
         self, header: Header, forced: str | None, suited: str | None
     ) -> tuple[str, Link]:
+        if forced is None and suited is not None:
+            with suppress(UnavailableError):  # remembered: it is not tried again
+                return await self.routes.find(header.address, header.owner, suited)
+        return await self.routes.find(header.address, header.owner, forced)
+
+    async def _reached(self, header: Header, reaching: Awaitable[_T]) -> _T:
+        """The outcome of something that was asked of an owner."""
         try:
-            if forced is None and suited is not None:
-                with suppress(UnavailableError):  # remembered: it is not tried again
-                    return await self.routes.find(header.address, header.owner, suited)
-            return await self.routes.find(header.address, header.owner, forced)
+            return await reaching
         except OwnerDiedError as exc:
             raise _died(header.owner, exc) from exc
         except PeerLostError as exc:
@@ -417,6 +438,7 @@ class Runtime:
                     land(ref, self.pool, target) for ref, target in zip(refs, targets, strict=True)
                 ]
 
+            check_reach(name, link, refs)
             landings = prepare()
             parts = [landing.part for landing in landings]
             relayed = self.relay.wants(name, parts)
@@ -441,11 +463,15 @@ class Runtime:
         self._arrived(refs)
         if sum(landing.copy_nbytes for landing in landings) > _COPY_ON_LOOP_NBYTES:
             work = self.workers.run(lambda: [landing.finish() for landing in landings])
-            return await finish(work)  # OWN-1: it may write to the caller's tensors
-        return [landing.finish() for landing in landings]
+            tensors = await finish(work)  # OWN-1: it may write to the caller's tensors
+        else:
+            tensors = [landing.finish() for landing in landings]
+        return await hand_over(landings, tensors)
 
-    async def _copied(self, into: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.nbytes > _COPY_ON_LOOP_NBYTES:
+    async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
+        if ref.inline is None:
+            await self.registry.wait_ready([ref.header.key])  # DEV-1
+        if into.nbytes > _COPY_ON_LOOP_NBYTES or ref.meta.device:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))
         return copy_into(into, tensor)
 

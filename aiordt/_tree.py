@@ -27,6 +27,7 @@ import torch
 from typing_extensions import override
 
 from aiordt._errors import InvalidTypeError, InvalidValueError
+from aiordt._leaves import is_target
 from aiordt._ray import CloudPickler, is_opaque
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class Flat:
             are one if ``same`` gives the same for them: the object's identity, or the leaf.
         has_tensordicts: Whether a `TensorDictRefs` is among the containers.
 
-    With ``strict``, an object that cannot be searched is refused; otherwise it is left alone,
+    In objects that are no containers, ``inside`` says what is a leaf, if it is given. With
+    ``strict``, an object that cannot be searched is refused; otherwise it is left alone,
     for whoever must pickle it to complain.
     """
 
@@ -94,6 +96,7 @@ class Flat:
         tree: object,
         wanted: Callable[[object], bool],
         *,
+        inside: Callable[[object], bool] | None = None,
         same: Callable[[Any], Hashable] = id,
         every: bool = False,
         strict: bool = False,
@@ -101,6 +104,7 @@ class Flat:
         self.leaves: list[Any] = []
         self._tree = tree
         self._wanted = wanted
+        self._inside = inside or wanted
         self._same = same
         self._every = every
         self._strict = strict
@@ -299,7 +303,7 @@ class _Finder(CloudPickler):  # type: ignore[misc]
     def persistent_id(self, obj: Any) -> tuple[bool, int] | None:  # noqa: ANN401
         if type(obj) in _PLAIN:
             return None
-        if self._flat._wanted(obj):  # noqa: SLF001
+        if self._flat._inside(obj):  # noqa: SLF001
             self.found = True
             return True, self._flat._leaf(obj)  # noqa: SLF001
         if is_opaque(obj) or isinstance(obj, torch.Tensor):
@@ -372,8 +376,10 @@ def _match(
     found: list[Any],
 ) -> None:
     if wanted(tree):
-        if not isinstance(like, torch.Tensor):
-            raise InvalidTypeError(f"{path} must be a tensor, not {type(like).__name__}")
+        if not is_target(like):
+            raise InvalidTypeError(
+                f"{path} must be a tensor or a plain array, not {type(like).__name__}"
+            )
         found.append(like)
         return
     children = _children(tree)

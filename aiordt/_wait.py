@@ -12,9 +12,9 @@ from ray import ObjectRef
 from aiordt import _ray, _ref
 from aiordt._arena import arena
 from aiordt._errors import ClosedError, InvalidTypeError, InvalidValueError
-from aiordt._export import check_transport, is_tensor
+from aiordt._export import check_transport
 from aiordt._get import get, is_ref
-from aiordt._memory import storage_range
+from aiordt._leaves import has_memory, memory_range
 from aiordt._ref import TensorRef
 from aiordt._runtime import current_for, current_or_none
 from aiordt._tree import Flat
@@ -176,7 +176,8 @@ async def wait_tensor_freed(
 ) -> None:
     """Wait until nobody in the cluster refers to these tensors any more: they may be written.
 
-    What counts is the storage: views, slices and tensors that overlap are one with it. A
+    What counts is the storage: views, slices and tensors that overlap are one with it. Of an
+    array, what counts is the memory from its first element to its last. A
     tensor that was never exported, or only by value or as a snapshot, is free. Between the
     last check and the return nothing is awaited, so the caller may write at once.
 
@@ -184,7 +185,7 @@ async def wait_tensor_freed(
     exports that are still held.
 
     Args:
-        tensor_or_tree: A tensor, or any value with tensors in it.
+        tensor_or_tree: A tensor or array, or any value with such in it.
         timeout: Seconds to wait; ``None``: no limit.
 
     Raises:
@@ -200,8 +201,12 @@ async def wait_tensor_freed(
     runtime = current_or_none()
     if runtime is None:
         return
-    tensors: list[torch.Tensor] = Flat(tensor_or_tree, is_tensor, strict=True).leaves
-    ranges = [storage_range(tensor) for tensor in tensors if tensor.layout is torch.strided]
+    leaves = Flat(tensor_or_tree, has_memory, strict=True).leaves
+    ranges = [
+        memory_range(leaf)
+        for leaf in leaves
+        if not isinstance(leaf, torch.Tensor) or leaf.layout is torch.strided
+    ]
     loop = asyncio.get_running_loop()
     started = loop.time()
     warn_at = started + WARN_SECONDS

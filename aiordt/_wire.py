@@ -47,6 +47,7 @@ def new_key() -> bytes:
 
 FLAG_REQUIRES_GRAD: Final = 1
 FLAG_PARAMETER: Final = 2
+FLAG_NUMPY: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,17 @@ class TransportMessage(Message):
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Ready(Message):
+    """Ask an owner to answer, with the same, once its devices have made these exports."""
+
+    code: ClassVar[int] = 7
+    schema: ClassVar[tuple[type, ...]] = (list,)
+    keys: list[bytes]
+
+
 _MESSAGES: Final[dict[int, type[Message]]] = {
-    cls.code: cls for cls in (Pull, PullReply, Seen, Failure, Cancel, TransportMessage)
+    cls.code: cls for cls in (Pull, PullReply, Seen, Failure, Cancel, TransportMessage, Ready)
 }
 
 KIND_REQUEST: Final = 0
@@ -224,7 +234,7 @@ def decode(data: bytes) -> tuple[int, int, Message]:
             raise ProtocolViolationError(f"{cls.__name__}: {expected.__name__} expected")
     if cls is Pull:
         values = [_checked_items(values[0]), values[1], _checked_ids(values[2])]
-    elif cls is Seen:
+    elif cls is Seen or cls is Ready:
         values = [_checked_ids(values[0])]
     return kind, number, cls(*values)
 

@@ -162,8 +162,9 @@ class Served:
     """Exported tensors that a transport reads from, held until it is done.
 
     Attributes:
-        views: Their bytes in the order of a `Part` (packed where they are not contiguous).
-        ready: What must have finished on their device before the bytes may be read.
+        views: Their bytes in the order of a `Part`, in host memory (packed, or staged there, where
+            they are not contiguous, or on a device), whole.
+        ready: Has finished when `Source.open` gives it.
     """
 
     views: list[memoryview]
@@ -176,6 +177,8 @@ class Source(ABC):
     @abstractmethod
     def open(self, items: Sequence[Item], nbytes: int) -> AbstractAsyncContextManager[Served]:
         """Hold tensors, or cuts of them, for as long as the context is open.
+
+        It opens once the work that makes them has finished on their devices.
 
         Raises:
             TensorFreedError: One of them is not (or no longer) exported.
@@ -270,12 +273,14 @@ class Link(AsyncResource):
             as long as the link exists; ``None`` if there is none.
         nowait_nbytes: Up to how many bytes `read_nowait` may succeed.
         packs: Two-sided: the owner lays the bytes of a `Cut` end to end before it sends them,
-            and converts them where the cut says so.
+            and converts them where the cut says so; what is on a device it stages in host memory.
+        devices: Types of devices whose memory it reads by itself.
     """
 
     death_fd: int | None = None
     nowait_nbytes: int = 0
     packs: ClassVar[bool] = False
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
     def read_nowait(self, parts: Sequence[Part]) -> bool:  # noqa: ARG002
         """Read all of ``parts`` at once if that takes only microseconds.

@@ -54,12 +54,15 @@ napoleon_custom_sections = ["Cost", "Cancellation", "Ownership", "Source"]
 
 # No intersphinx: the build must work without a network. Names of other projects are text.
 nitpick_ignore_regex = [
-    ("py:.*", r"_?(abc|asyncio|collections|contextlib|pickle|ray|socket|torch|typing)(\..*)?"),
+    (
+        "py:.*",
+        r"_?(abc|asyncio|collections|contextlib|numpy|pickle|ray|socket|torch|typing)(\..*)?",
+    ),
     ("py:.*", r"(builtins\.)?(BaseException|Exception|TimeoutError|TypeError|ValueError)"),
     ("py:.*", r"(bool|bytes|dict|float|int|list|memoryview|object|str|tuple|type|None)"),
     # The same, as they stand in annotations that are not evaluated.
     ("py:class", r"(Any|Callable|ClassVar|Iterable|AsyncIterator|Mapping|Self|Sequence)"),
-    ("py:class", r"(AbstractAsyncContextManager|ObjectRef|TracebackType|np\.\w+)"),
+    ("py:class", r"(AbstractAsyncContextManager|Item|ObjectRef|TracebackType|np\.\w+|tuple\[str)"),
     ("py:class", r"(aiordt\._\w+\.)?(_[A-Z]|Message)"),  # type variables; the wire's messages
 ]
 
@@ -98,11 +101,14 @@ def _literal_invariants(_app: Sphinx, what: str, *rest: object) -> None:
 def _check_settings() -> None:
     """Hold the table of settings to `aiordt.Config`."""
     text = (HERE / "how-to" / "configure.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([^`]+)`", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (?:`([^`]+)`|[^|]+) \|", text, re.MULTILINE)
     fields = []
     for field in dataclasses.fields(aiordt.Config):
         default = field.default
-        shown = ",".join(default) if isinstance(default, tuple) else f"{default:_}"
+        if default is dataclasses.MISSING:
+            shown = ""  # said in words
+        else:
+            shown = ",".join(default) if isinstance(default, tuple) else f"{default:_}"
         fields.append((field.name, f"AIORDT_{field.name.upper()}", shown))
     if rows != fields:
         raise ConfigError(f"how-to/configure.md has {rows}, but aiordt.Config has {fields}")

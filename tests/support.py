@@ -114,3 +114,16 @@ def start_flusher() -> None:
             current.save()
 
     threading.Thread(target=flush, daemon=True, name="coverage-flusher").start()
+
+
+class Wrapped:
+    """An array of another library: it has ``__dlpack__``, and nothing else that we know."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> object:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()

@@ -5,6 +5,7 @@
   aiordt's transports and for yours.
 * `at_phase`, `record_phases`, `cancel_from_anywhere` and `cancel_randomly` strike at exact
   points of a transfer, and at random ones.
+* `FakeDevice` queues the work that makes tensors, and finishes it when the test says so.
 * `check_leaks` and `Leaks` list what was left behind.
 * `eventually` and `wait_until` wait for a condition, with a deadline.
 """
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 from aiordt.testing._conformance import check_transport
+from aiordt.testing._device import FakeDevice
 from aiordt.testing._huge import check_huge_part
 from aiordt.testing._leaks import Leaks, check_leaks
 from aiordt.testing._pair import Exported, MakePair, Pair
@@ -27,6 +29,7 @@ from aiordt.testing._process import ServingProcess, process_pairs
 
 __all__ = [
     "Exported",
+    "FakeDevice",
     "Leaks",
     "MakePair",
     "Pair",

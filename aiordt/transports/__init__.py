@@ -30,23 +30,27 @@ class _Place(NamedTuple):
     Attributes:
         module: Its module.
         cls: The class in it.
-        vendor: The package that must be there, as it is imported; empty: none.
+        vendors: The packages one of which must be there, as they are imported; empty: none.
         extra: What of aiordt's extras brings it.
+        heavy: Whether importing its module takes long.
     """
 
     module: str
     cls: str
-    vendor: str = ""
+    vendors: tuple[str, ...] = ()
     extra: str = ""
+    heavy: bool = False
 
 
 _OURS: Final = {
     "shm": _Place("aiordt.transports.shm", "ShmTransport"),
     "cma": _Place("aiordt.transports.cma", "CmaTransport"),
+    "nixl": _Place("aiordt.transports.nixl", "NixlTransport", ("nixl_cu13", "nixl_cu12"), "nixl"),
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
+    "ucx": _Place("aiordt.transports.ucx", "UcxTransport", ("ucxx",), "ucx", heavy=True),
 }
 #: Those whose import costs nothing; the others are imported on a worker thread.
-_LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.vendor)
+_LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.heavy)
 _SERVING: Final = ("shm", "tcp")
 
 
@@ -80,11 +84,13 @@ def load(name: str) -> type[Transport]:
 def probe(name: str) -> Availability:
     """Whether a transport can be used in this process. Imports no vendor's package."""
     place = _OURS.get(name)
-    if place is not None and place.vendor and importlib.util.find_spec(place.vendor) is None:
-        what = f"{place.vendor} is not installed: pip install aiordt[{place.extra}]"
-        return Availability(usable=False, reason=what)
-    if place is not None and place.vendor:
-        return Availability(usable=True)
+    if place is not None and place.vendors:
+        if not any(importlib.util.find_spec(vendor) for vendor in place.vendors):
+            what = f"{' or '.join(place.vendors)} is not installed"
+            what = f"{what}: pip install aiordt[{place.extra}]"
+            return Availability(usable=False, reason=what)
+        if place.heavy:
+            return Availability(usable=True)
     try:
         return load(name).probe()
     except UnavailableError as exc:

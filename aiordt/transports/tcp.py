@@ -263,14 +263,17 @@ class TcpTransport(Transport):
         task = self._io.loop.create_task(self._send_streams(request, socks, opened))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
-        await opened  # refusals are the reply; once it is sent, bytes follow
+        try:
+            await opened  # refusals are the reply; once it is sent, bytes follow
+        except asyncio.CancelledError:
+            task.cancel()  # it may wait for a device, for long
+            raise
         return PullReply(b"")
 
     async def _serve_reply(self, request: Pull) -> Message:
         if request.nbytes > REPLY_NBYTES:
             raise ProtocolViolationError("a pull over the size of a reply names no stream")
         async with self._source.open(request.items, request.nbytes) as served:
-            await served.ready.wait()
             return PullReply(b"".join(served.views))
 
     async def _send_streams(
@@ -279,7 +282,6 @@ class TcpTransport(Transport):
         works: list[asyncio.Future[None]] = []
         try:
             async with self._source.open(request.items, request.nbytes) as served:
-                await served.ready.wait()
                 if not opened.done():
                     opened.set_result(None)
                 phase("tcp.sending")

@@ -188,7 +188,7 @@ async def test_subclasses_keep_their_class(nodes: Any) -> None:
     [
         (lambda _: torch.eye(3).to_sparse(), "to_dense"),
         (lambda _: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "int_repr"),
-        (lambda _: torch.empty(5, device="meta"), "host memory"),
+        (lambda _: torch.empty(5, device="meta"), "has none"),
         (lambda _: torch.empty(8, dtype=getattr(torch, "uint4")), "uint8"),  # noqa: B009,
     ],
     ids=["sparse", "quantized", "meta", "uint4"],

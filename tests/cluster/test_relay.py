@@ -1,0 +1,187 @@
+"""One crossing per node, on one host: consumers that may not read their owner's memory."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import pytest
+import torch
+
+import aiordt
+from aiordt import _relay
+from aiordt._runtime import current
+from aiordt.testing import at_phase
+from tests.support import MIB, arange, eventually
+
+_NBYTES = 4 * MIB
+
+
+@pytest.fixture
+def neighbours(spawn: Any) -> Any:
+    """Makes consumers to which every owner is as if on another host."""
+
+    def make(count: int, **options: int) -> list[Any]:
+        variables = {"AIORDT_TRANSPORTS": "shm,tcp"}
+        variables.update({f"AIORDT_{name.upper()}": str(n) for name, n in options.items()})
+        return [spawn(options={"runtime_env": {"env_vars": variables}}) for _ in range(count)]
+
+    return make
+
+
+def keep(node: Any, nbytes: int) -> torch.Tensor:
+    node.kept["t"] = arange(nbytes)
+    tensor: torch.Tensor = node.kept["t"]
+    return tensor
+
+
+def keep_many(node: Any, count: int) -> dict[str, torch.Tensor]:
+    node.kept["t"] = {f"layer{number}": arange(64 * 1024) + number for number in range(count)}
+    tree: dict[str, torch.Tensor] = node.kept["t"]
+    return tree
+
+
+async def received(node: Any, tree: Any) -> tuple[Any, dict[str, int]]:
+    before = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
+    got = await aiordt.get(tree)
+    after = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
+    return got, {name: nbytes - before.get(name, 0) for name, nbytes in after.items()}
+
+
+def copies(node: Any) -> int:
+    return current().relay.nbytes
+
+
+async def is_free(node: Any) -> bool:
+    await aiordt.wait_tensor_freed(node.kept["t"], 10)
+    return True
+
+
+def total(moved: list[dict[str, int]], name: str) -> int:
+    return sum(each.get(name, 0) for each in moved)
+
+
+async def test_bytes_cross_once(nodes: Any, neighbours: Any) -> None:
+    consumers = neighbours(3)
+    ref = await nodes[0].make.remote(keep, _NBYTES)
+    found = await asyncio.gather(*(each.run.remote(received, ref) for each in consumers))
+    assert all(torch.equal(got, arange(_NBYTES)) for got, _ in found)
+    moved = [each for _, each in found]
+    assert (total(moved, "tcp"), total(moved, "shm")) == (_NBYTES, 2 * _NBYTES)
+
+
+async def test_a_batch_of_small_tensors_crosses_once(nodes: Any, neighbours: Any) -> None:
+    consumers = neighbours(3)
+    tree = await nodes[0].make.remote(keep_many, 40)
+    found = await asyncio.gather(*(each.run.remote(received, tree) for each in consumers))
+    for got, _ in found:
+        assert all(torch.equal(got[f"layer{n}"], arange(64 * 1024) + n) for n in range(40))
+    assert total([each for _, each in found], "tcp") == 40 * 64 * 1024
+
+
+async def test_a_copy_is_private(nodes: Any, neighbours: Any) -> None:
+    consumers = neighbours(2)
+    ref = await nodes[0].make.remote(keep, _NBYTES)
+    for each in consumers:
+        assert await each.run.remote(scribble, ref)
+    got, _ = await consumers[1].run.remote(received, ref)
+    assert torch.equal(got, arange(_NBYTES))
+
+
+async def scribble(node: Any, ref: aiordt.TensorRef) -> bool:
+    (await ref).zero_()
+    return True
+
+
+async def test_copies_hold_no_tensor(nodes: Any, neighbours: Any) -> None:  # LSE-1
+    (consumer,) = neighbours(1)
+    ref = await nodes[0].make.remote(keep, _NBYTES)
+    await consumer.run.remote(received, ref)
+    assert await consumer.run.remote(copies) == _NBYTES
+    ref.release()
+    assert await nodes[0].run.remote(is_free)
+    await eventually(lambda: _keeps_nothing(consumer), what="the copy is gone with the export")
+
+
+async def _keeps_nothing(consumer: Any) -> bool:
+    return bool(await consumer.run.remote(copies) == 0)
+
+
+async def test_room_for_copies_is_bounded(nodes: Any, neighbours: Any) -> None:
+    (consumer,) = neighbours(1, relay_nbytes=5 * MIB)
+    refs = [await nodes[0].make.remote(keep, size * MIB) for size in (3, 4, 2, 6)]
+    for ref, size in zip(refs, (3, 4, 2, 6), strict=True):
+        got, moved = await consumer.run.remote(received, ref)
+        assert torch.equal(got, arange(size * MIB))
+        assert moved["tcp"] == size * MIB
+    assert await consumer.run.remote(copies) == 2 * MIB, "4 went for 2, and 6 never fits"
+
+
+async def test_without_room_every_pull_goes_to_the_owner(nodes: Any, neighbours: Any) -> None:
+    consumers = neighbours(2, relay_nbytes=0)
+    ref = await nodes[0].make.remote(keep, _NBYTES)
+    found = await asyncio.gather(*(each.run.remote(received, ref) for each in consumers))
+    assert total([each for _, each in found], "tcp") == 2 * _NBYTES
+
+
+async def stand_in(sock: socket.socket, answer: bytes) -> None:
+    while True:
+        other, _ = await asyncio.get_running_loop().sock_accept(sock)
+        with other:
+            other.send(answer)
+
+
+async def test_a_stranger_in_the_place_of_a_neighbour(nodes: Any, neighbours: Any) -> None:
+    """Any process of the host may take the name: it is neither believed nor waited for."""
+    (consumer,) = neighbours(1)
+    answers = [b"", b"garbage", b"\x96" * 40, _relay._pack_address(current().address)[:-1] + b"\0"]
+    for answer in answers:
+        ref = await nodes[0].make.remote(keep, _NBYTES)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.bind(_relay._name(ref.header.key))
+            sock.listen()
+            sock.settimeout(0)
+
+            standing = asyncio.ensure_future(stand_in(sock, answer))
+            got, moved = await asyncio.wait_for(consumer.run.remote(received, ref), 30)
+            standing.cancel()
+        assert torch.equal(got, arange(_NBYTES))
+        assert moved["tcp"] == _NBYTES
+
+
+async def cancel_first_of_two(node: Any, ref: aiordt.TensorRef) -> bool:
+    """Two awaits of one process share the transfer; the end of one is not that of the other."""
+    loop = asyncio.get_running_loop()
+    reached = asyncio.Event()
+    with at_phase("relay.fetching", lambda: loop.call_soon_threadsafe(reached.set)):
+        first = asyncio.ensure_future(aiordt.get(ref))
+        await reached.wait()
+        second = asyncio.ensure_future(aiordt.get([ref]))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait({first})
+    (got,) = await second
+    return torch.equal(got, arange(_NBYTES * 4)) and first.cancelled()
+
+
+async def cancel_alone(node: Any, ref: aiordt.TensorRef) -> int:
+    loop = asyncio.get_running_loop()
+    reached = asyncio.Event()
+    with at_phase("relay.fetching", lambda: loop.call_soon_threadsafe(reached.set)):
+        pull = asyncio.ensure_future(aiordt.get(ref))
+        await reached.wait()
+        pull.cancel()
+        await asyncio.wait({pull})
+    assert pull.cancelled() or torch.equal(pull.result(), arange(_NBYTES * 4))
+    return aiordt.stats().in_flight
+
+
+async def test_cancellation(nodes: Any, neighbours: Any) -> None:  # CAN-1, ISO-1
+    (consumer,) = neighbours(1)
+    ref = await nodes[0].make.remote(keep, _NBYTES * 4)
+    assert await consumer.run.remote(cancel_alone, ref) == 0
+    other = await nodes[0].make.remote(keep, _NBYTES * 4)
+    assert await consumer.run.remote(cancel_first_of_two, other)
+    got, _ = await consumer.run.remote(received, ref)
+    assert torch.equal(got, arange(_NBYTES * 4))
