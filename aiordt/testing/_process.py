@@ -1,4 +1,4 @@
-"""Real processes at the other end of the transports that aiordt has, without Ray.
+"""Real processes at the other end of transports, without Ray.
 
 `serve` is what runs in such a process: it exports what it is told to over a socket that it
 inherits, and lets peers read it. `process_pairs` makes pairs of such a process and a link.
@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,12 +23,13 @@ import msgpack
 import torch
 from typing_extensions import override
 
-from aiordt import _wire
+from aiordt import _wire, transports
 from aiordt._arena import arena
 from aiordt._config import Config
+from aiordt._errors import InvalidValueError
 from aiordt._memory import storage_range, view_memory
 from aiordt._peer import Network, RemotePeer, listen, listen_locally
-from aiordt._progress import IoThread, Workers, post
+from aiordt._progress import IoThread, Workers, finish, post
 from aiordt._registry import Registry
 from aiordt._types import DTYPE_CODES, DTYPES
 from aiordt.abc import Context, PeerAddress, SharedLink
@@ -41,14 +42,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Self
 
-    from aiordt.abc import Link
+    from aiordt.abc import Link, Transport
 
 _SECRET: Final = b"a fixed secret for tests only"
 _HOST: Final = "127.0.0.1"
 _START_SECONDS: Final = 60.0
 _PROGRAM: Final = (
     "import sys; from aiordt.testing import _process; "
-    "_process.serve(int(sys.argv[1]), busy=sys.argv[2] == 'busy')"
+    "_process.serve(int(sys.argv[1]), *sys.argv[3:], busy=sys.argv[2] == 'busy')"
 )
 
 
@@ -126,15 +127,18 @@ class _Half:
         for tensor in tensors:
             tensor.zero_()
 
+    async def _cleanup(self) -> None:
+        await self._network.aclose()
+        await self.transports.aclose()
+
     def close(self) -> None:
         """End everything; blocks for a moment."""
-
-        async def cleanup() -> None:
-            await self._network.aclose()
-            await self.transports.aclose()
-
-        self.io.close(cleanup(), 5)
+        self.io.close(self._cleanup(), 5)
         self.workers.close()
+
+    async def aclose(self) -> None:
+        """End everything. The loop turns meanwhile: reads that are under way may need it."""
+        await finish(self.workers.run(self.close))
 
 
 # --- what the two processes say to each other ---------------------------------------------------
@@ -192,28 +196,30 @@ def _compute() -> None:
         number += 1
 
 
-def serve(fd: int, *, busy: bool) -> None:
+def serve(fd: int, *added: str, busy: bool) -> None:
     """The program of the other process; ends with its parent.
 
     Args:
         fd: File descriptor of a socket over which it is told what to export.
+        *added: As of `ServingProcess`.
         busy: Whether a thread of it computes all the time, in Python.
     """
     if busy:
         threading.Thread(target=_compute, daemon=True).start()
     control = socket.socket(fileno=fd)
     torch.set_num_threads(1)
-    half = _Half()
-    _send(control, dataclasses.astuple(half.address))
-    commands: dict[str, Callable[..., object]] = {
-        "export": half.export,
-        "export_sparse": half.export_sparse,
-        "overwrite": half.overwrite,
-    }
-    with suppress(EOFError, ConnectionError):
-        while True:
-            name, arguments, options = _receive(control)
-            _send(control, commands[name](*arguments, **options))
+    with transports.added(*added) if added else nullcontext():
+        half = _Half()
+        _send(control, dataclasses.astuple(half.address))
+        commands: dict[str, Callable[..., object]] = {
+            "export": half.export,
+            "export_sparse": half.export_sparse,
+            "overwrite": half.overwrite,
+        }
+        with suppress(EOFError, ConnectionError):
+            while True:
+                name, arguments, options = _receive(control)
+                _send(control, commands[name](*arguments, **options))
     os._exit(0)
 
 
@@ -221,6 +227,7 @@ class ServingProcess:
     """A process of its own that exports tensors, without Ray.
 
     Args:
+        *added: Name, and ``module:class``, of a transport that no package has brought.
         busy: Whether its interpreter is to be busy: every thread there waits for the GIL.
 
     Attributes:
@@ -228,13 +235,14 @@ class ServingProcess:
         process: The process.
     """
 
-    def __init__(self, *, busy: bool = False) -> None:
+    def __init__(self, *added: str, busy: bool = False) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            root = Path(__file__).parent.parent.parent
-            path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+            root = str(Path(__file__).parent.parent.parent)
+            path = os.pathsep.join([root, *filter(None, sys.path)])  # what is found here, is there
+            arguments = [str(theirs.fileno()), "busy" if busy else "", *added]
             self.process = subprocess.Popen(  # noqa: S603  (this very module)
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), "busy" if busy else ""],
+                [sys.executable, "-c", _PROGRAM, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
@@ -354,11 +362,11 @@ class _ProcessPair(Pair):
     @override
     async def aclose(self) -> None:
         await self.link.aclose()
-        self._half.close()  # a moment; a thread of asyncio's pool would look like a leak
+        await self._half.aclose()
 
 
 class process_pairs:  # noqa: N801  (used as a function)
-    """Makes pairs for one of aiordt's transports: this process, and real ones that serve.
+    """Makes pairs for a transport: this process, and a real one that serves.
 
     A serving process is used for one pair after another until it is killed. To be used in a
     ``with`` statement, and called without arguments::
@@ -367,24 +375,43 @@ class process_pairs:  # noqa: N801  (used as a function)
             await check_transport(make_pair)
 
     Args:
-        transport: Its name.
+        transport: Its name: aiordt's own, or that of an entry point ``aiordt.transports``. Or a
+            class at the top level of a module that can be imported.
         busy: As of `ServingProcess`.
+
+    Raises:
+        UsageError: There is no such transport, or its class cannot be imported by its name.
     """
 
-    def __init__(self, transport: str, *, busy: bool = False) -> None:
-        self._transport = transport
+    def __init__(self, transport: str | type[Transport], *, busy: bool = False) -> None:
         self._busy = busy
+        self._added = ""
+        if not isinstance(transport, str):
+            cls, transport = transport, transport.name
+            self._added = f"{cls.__module__}:{cls.__qualname__}"
+            if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
+                raise InvalidValueError(f"another process cannot import {self._added}")
+        if transport not in names() and not self._added:
+            raise InvalidValueError(f"no transport {transport!r}; there are {', '.join(names())}")
+        self._transport = transport
         self._process: ServingProcess | None = None
-        self._spare: ServingProcess | None = None
+        self._exits = ExitStack()
+
+    def _start(self) -> ServingProcess:
+        added = (self._transport, self._added) if self._added else ()
+        self._process = ServingProcess(*added, busy=self._busy)
+        return self._process
 
     def __enter__(self) -> Self:
-        self._spare = ServingProcess(busy=self._busy)
+        if self._added:
+            self._exits.enter_context(transports.added(self._transport, self._added))
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in (self._process, self._spare):
-            if process is not None:
-                process.close()
+        self._exits.close()
+        if self._process is not None:
+            self._process.close()
 
     async def __call__(self) -> Pair:
         """Make a pair; blocks until its process has started."""
@@ -392,12 +419,11 @@ class process_pairs:  # noqa: N801  (used as a function)
         if process is None or not process.alive:
             if process is not None:
                 process.close()
-            process, self._spare = self._spare or ServingProcess(busy=self._busy), None
-            self._process = process
+            process = self._start()
         half = _Half()
         try:
             link = await half.connect(self._transport, process.address)
         except BaseException:
-            half.close()
+            await half.aclose()
             raise
         return _ProcessPair(half, link, process)
