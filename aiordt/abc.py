@@ -26,7 +26,7 @@ import numpy as np
 from typing_extensions import override
 
 from aiordt._layout import Cut
-from aiordt._wire import TransportMessage
+from aiordt._wire import TransportMessage, pack_items, unpack_items
 
 if TYPE_CHECKING:
     import asyncio
@@ -57,6 +57,8 @@ __all__ = [
     "Source",
     "Transport",
     "TransportMessage",
+    "pack_items",
+    "unpack_items",
 ]
 
 _T = TypeVar("_T")
@@ -244,7 +246,8 @@ class Peer(ABC):
         """Open an authenticated payload stream: a connected, blocking socket.
 
         Args:
-            stream: 16 random bytes, by which a later request names the stream.
+            stream: 16 bytes, by which a later request names the stream: random ones, but for
+                a beginning by which your `Transport.accept` knows them.
         """
 
     @abstractmethod
@@ -348,6 +351,9 @@ class Io(Protocol):
         """Run ``coroutine`` on that loop, and await it from whatever loop is running.
 
         A cancellation is passed on, and raised here only when the coroutine has ended there.
+
+        Raises:
+            ClosedError: The coroutine was cancelled over there, or that loop has ended.
         """
         ...
 
@@ -409,8 +415,10 @@ class Transport(AsyncResource):
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:  # noqa: ARG002
         """Take over an authenticated payload stream that a peer opened.
 
+        Streams that others take are asked about, too: let the ids of yours begin alike.
+
         Returns:
-            Whether this transport takes it.
+            Whether this transport takes it, and closes it in the end.
         """
         return False
 

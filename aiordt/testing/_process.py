@@ -391,7 +391,9 @@ class process_pairs:  # noqa: N801  (used as a function)
             self._added = f"{cls.__module__}:{cls.__qualname__}"
             if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
                 raise InvalidValueError(f"another process cannot import {self._added}")
-        if transport not in names() and not self._added:
+            if transport in names():
+                raise InvalidValueError(f"there is a transport {transport!r} already: name it")
+        elif transport not in names():
             raise InvalidValueError(f"no transport {transport!r}; there are {', '.join(names())}")
         self._transport = transport
         self._process: ServingProcess | None = None

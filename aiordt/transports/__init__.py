@@ -50,7 +50,7 @@ _OURS: Final = {
     "cma": _Place("aiordt.transports.cma", "CmaTransport"),
     "nixl": _Place("aiordt.transports.nixl", "NixlTransport", ("nixl_cu13", "nixl_cu12"), "nixl"),
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
-    "ucx": _Place("aiordt.transports.ucx", "UcxTransport", ("ucxx",), "ucx"),
+    "ucx": _Place("aiordt.transports.ucx", "UcxTransport", ("ucxx",), "ucx", heavy=True),
 }
 _SERVING: Final = ("shm", "tcp")
 
@@ -89,6 +89,10 @@ def _loaded(name: str) -> type[Transport] | str:
     if getattr(cls, "name", None) != name:
         return f"{cls.__qualname__}.name is not {name!r}, as its entry point is called"
     return cls
+
+
+def _load_ahead(name: str) -> None:
+    _loaded(name)
 
 
 def probe(name: str) -> Availability:
@@ -149,7 +153,7 @@ class Transports:
         }
         for name in context.config.transports:
             if name not in _OURS:  # so that nobody's loop waits for the import
-                workers.submit(functools.partial(_loaded, name))
+                workers.submit(functools.partial(_load_ahead, name))
 
     async def get(self, name: str) -> Transport:
         """The transport of that name; callable from any loop.
