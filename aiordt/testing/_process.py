@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from aiordt import _wire, transports
 from aiordt._arena import arena
-from aiordt._config import Config
+from aiordt._config import TRANSPORTS, Config
 from aiordt._errors import InvalidValueError
 from aiordt._memory import storage_range, view_memory
 from aiordt._peer import Network, RemotePeer, listen, listen_locally
@@ -391,8 +391,8 @@ class process_pairs:  # noqa: N801  (used as a function)
             self._added = f"{cls.__module__}:{cls.__qualname__}"
             if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
                 raise InvalidValueError(f"another process cannot import {self._added}")
-            if transport in names():
-                raise InvalidValueError(f"there is a transport {transport!r} already: name it")
+            if transport in TRANSPORTS:
+                raise InvalidValueError(f"aiordt has a transport {transport!r} of its own")
         elif transport not in names():
             raise InvalidValueError(f"no transport {transport!r}; there are {', '.join(names())}")
         self._transport = transport

@@ -126,12 +126,14 @@ def added(name: str, value: str) -> Generator[None]:
         name: Its name.
         value: ``module:class``, as in an entry point.
     """
+    before = dict(others())
     others()[name] = EntryPoint(name, value, GROUP)
     _loaded.cache_clear()
     try:
         yield
     finally:
-        del others()[name]
+        others().clear()
+        others().update(before)
         _loaded.cache_clear()
 
 

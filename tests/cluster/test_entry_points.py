@@ -152,11 +152,8 @@ def test_two_actors_use_the_transport_of_another_package(cluster: None, package:
     assert reasons["mine"] == "usable"
     assert "-> mine" in out
     assert reasons["tcp"] == "usable; mine is preferred"
-    first, second = re.findall(r"^\((\d+), (\{.*\})\)$", out, re.MULTILINE)
-    assert int(first[0]) == sum(range(1_000_000))
-    assert int(second[0]) == sum(range(1_000))
-    assert "'mine'" in second[1]
-    assert "'tcp'" not in second[1]
+    assert f"({sum(range(1_000_000))}, ['mine'])" in out.splitlines()
+    assert f"({sum(range(1_000))}, ['mine'])" in out.splitlines(), "forced, so it is not inlined"
 
 
 def test_broken_packages_are_reasons_and_harm_nothing(cluster: None, package: Path) -> None:
@@ -168,7 +165,7 @@ def test_broken_packages_are_reasons_and_harm_nothing(cluster: None, package: Pa
     out = run(package, "use_broken.py", ",".join([*broken, "mine", "tcp"]), RAY_ADDRESS=address)
     total, by_transport = json.loads(out.splitlines()[0])
     assert total == sum(range(1_000_000))
-    assert list(by_transport) == ["mine"]
+    assert by_transport == ["mine"]
     reasons = chosen(out)
     assert reasons["mine"] == "usable"
     for name, words in {
