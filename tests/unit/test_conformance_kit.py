@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING
 import pytest
 from typing_extensions import override
 
-from aiordt._errors import ClosedError, OwnerDiedError, TensorFreedError, TransferError
+from aiordt._errors import (
+    ClosedError,
+    InvalidValueError,
+    OwnerDiedError,
+    TensorFreedError,
+    TransferError,
+)
 from aiordt._types import MIB
 from aiordt.abc import Cut
-from aiordt.testing import Leaks, Pair, check_transport
+from aiordt.testing import Leaks, Pair, check_transport, process_pairs
+from aiordt.transports.tcp import TcpTransport
 from tests.fakes import CHUNK, MemoryLink, MemoryPair, Owner, PackingLink
 
 if TYPE_CHECKING:
@@ -481,3 +488,18 @@ class OutlivesItsTransport(MemoryLink):
 async def test_a_broken_link_is_refused(broken: type[MemoryLink], invariant: str) -> None:
     with pytest.raises(AssertionError, match=rf"^{invariant}"):
         await check(broken)
+
+
+# --- process_pairs ------------------------------------------------------------------------------
+
+
+def test_process_pairs_says_what_it_cannot_use() -> None:
+    class Local(TcpTransport):
+        name = "local"
+
+    with pytest.raises(InvalidValueError, match=r"another process cannot import .*Local"):
+        process_pairs(Local)
+    with pytest.raises(InvalidValueError, match="aiordt has a transport 'tcp' of its own"):
+        process_pairs(TcpTransport)
+    with pytest.raises(InvalidValueError, match="no transport 'pigeon'; there are shm, cma"):
+        process_pairs("pigeon")
