@@ -24,7 +24,7 @@ Ray carries errors between processes (ERR-1).
 from __future__ import annotations
 
 import pickle
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from typing_extensions import override
 
@@ -39,6 +39,12 @@ def _rebuild(cls: type[_E], args: tuple[object, ...]) -> _E:
 
 class AiordtError(Exception):
     """Root of every error raised by aiordt."""
+
+    def said(self, where: str) -> Self:
+        """The same error, saying which of several things it concerns."""
+        error = _rebuild(type(self), (f"{where}: {self}",))
+        vars(error).update(vars(self))
+        return error
 
     @override
     def __reduce__(self) -> tuple[object, ...]:

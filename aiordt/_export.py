@@ -10,15 +10,16 @@ import torch
 
 from aiordt import _config, _device, _wire
 from aiordt._arena import arena
-from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError
+from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError, UsageError
+from aiordt._exports import check_exportable
 from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
-from aiordt._registry import check_exportable
 from aiordt._route import NOT_SHARED
 from aiordt._runtime import current
-from aiordt._tree import Flat
+from aiordt._sharing import clone, ties_of
+from aiordt._tree import Flat, place
 from aiordt._types import DTYPE_CODES, MIB
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
-    from aiordt._registry import Export
+    from aiordt._exports import Export
     from aiordt.abc import Event
 
 _CLONE_ON_LOOP_NBYTES: Final = MIB
@@ -67,14 +68,19 @@ class Exporting:
         }
         self._arrays = {i for i, leaf in self._others.items() if isinstance(leaf, np.ndarray)}
         tensors: list[torch.Tensor] = [*map(as_tensor, leaves)] if self._others else leaves
-        for tensor in tensors:
-            check_exportable(tensor)
+        for leaf, tensor in zip(leaves, tensors, strict=True):
+            try:
+                check_exportable(tensor)
+            except UsageError as exc:
+                where = place(tree, leaf, "the value")
+                raise exc.said(where) if where else exc from None
         self._tensors = [
             tensor.detach().resolve_conj().resolve_neg()
             if tensor.is_conj() or tensor.is_neg()
             else tensor
             for tensor in tensors
         ]
+        self._tied: set[int] = set()  # those by value that share memory
         if tensors:
             self.runtime = current()
             self._inline = self._choose_inline()
@@ -102,14 +108,23 @@ class Exporting:
             return {}
         config = self.runtime.config
         room = config.inline_result_nbytes
-        chosen = {}
-        for index, tensor in enumerate(self._tensors):
-            nbytes = tensor.nbytes
-            if not tensor.is_cpu:
-                continue  # by value would mean to wait for its device
-            if nbytes <= config.inline_nbytes and nbytes <= room:
-                room -= nbytes
-                chosen[index] = raw_bytes(tensor)
+        chosen: dict[int, bytes] = {}
+        units = {place: unit for unit in ties_of(self._tensors).units for place in unit}
+        left: set[int] = set()
+        for index in range(len(self._tensors)):
+            if index in chosen or index in left:
+                continue
+            unit = units.get(index, [index])
+            sizes = [self._tensors[place].nbytes for place in unit]
+            if not all(self._tensors[place].is_cpu for place in unit):
+                left.update(unit)  # by value would mean to wait for its device
+                continue
+            if max(sizes) > config.inline_nbytes or sum(sizes) > room:
+                left.update(unit)  # what is tied travels the same way
+                continue
+            room -= sum(sizes)
+            chosen.update((place, raw_bytes(self._tensors[place])) for place in unit)
+            self._tied.update(unit if len(unit) > 1 else ())
         return chosen
 
     @property
@@ -134,17 +149,10 @@ class Exporting:
 
     def clone(self) -> None:
         """Make the copies of what is in host memory; for many bytes, call it off the loop."""
-        for index in self._exported:
-            tensor = self._tensors[index]
-            if not tensor.is_cpu:
-                continue
-            copy = (
-                self.runtime.pool.empty(tensor.shape, tensor.dtype)
-                if (tensor.is_contiguous())
-                else torch.empty_like(tensor)
-            )
-            copy.copy_(tensor.detach())
-            self._tensors[index] = same_kind(copy, tensor)
+        places = [index for index in self._exported if self._tensors[index].is_cpu]
+        originals = [self._tensors[index] for index in places]
+        for index, copy in zip(places, clone(originals, self.runtime.pool), strict=True):
+            self._tensors[index] = same_kind(copy, self._tensors[index])
             self._others.pop(index, None)
             if index in self._arrays:
                 self._others[index] = as_array(copy)
@@ -201,7 +209,8 @@ class Exporting:
             index = len(self._exported) + position if number is None else number
             lease_or_none = None if number is None else leases[number]
             flags = _wire.FLAG_NUMPY if position in self._arrays else 0
-            packed, cls = _describe(tensor, flags, inline=number is None)
+            tied = position in self._tied
+            packed, cls = _describe(tensor, flags, inline=number is None, tied=tied)
             inline = self._inline.get(position)
             refs.append(TensorRef(header, index, packed, lease_or_none, inline, cls))
         return self._flat.rebuild(refs)
@@ -221,7 +230,7 @@ def same_kind(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
 
 
 def _describe(
-    tensor: torch.Tensor, flags: int, *, inline: bool
+    tensor: torch.Tensor, flags: int, *, inline: bool, tied: bool
 ) -> tuple[bytes, type[torch.Tensor] | None]:
     if tensor.requires_grad:
         flags |= _wire.FLAG_REQUIRES_GRAD
@@ -236,7 +245,7 @@ def _describe(
         flags,
         tuple(tensor.shape),
         None if contiguous else tensor.stride(),
-        0 if inline else tensor.data_ptr(),
+        tensor.data_ptr() if not inline or tied else 0,
         0 if inline else arena.locate(tensor.data_ptr()),
         "" if tensor.is_cpu else str(tensor.device),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -14,31 +14,29 @@ from ray import ObjectRef
 from aiordt import _device, _ray
 from aiordt._errors import InvalidTypeError, InvalidValueError
 from aiordt._export import check_transport, same_kind
-from aiordt._landing import describe
+from aiordt._into import is_tensor_ref, targets_for
+from aiordt._landing import converts
 from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._progress import run_all
 from aiordt._ref import TensorRef
 from aiordt._runtime import current, current_for
-from aiordt._tree import Flat, match
+from aiordt._sharing import convert
+from aiordt._tree import Flat, place
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
 _CONVERT_ON_LOOP_NBYTES: Final = MIB
 
 
 def is_ref(value: object) -> bool:
     """Whether ``value`` is something that `get` resolves."""
-    return isinstance(value, TensorRef | ObjectRef)
+    return type(value) is TensorRef or isinstance(value, ObjectRef)
 
 
 def _itself(ref: Hashable) -> Hashable:
     return ref
-
-
-def _is_tensor_ref(value: object) -> bool:
-    return isinstance(value, TensorRef)
 
 
 async def get(
@@ -59,15 +57,21 @@ async def get(
             ObjectRefs anywhere in the tree are awaited too. The same ref twice arrives as
             one tensor.
         into: Tensors or numpy arrays to receive into, in a tree of the same structure; they are
-            what is returned, with their identity. Shapes and dtypes are checked first.
+            what is returned, with their identity. All are checked before anything moves; when a
+            pull fails after that, they may hold some of the new data. They are filled as under
+            `torch.no_grad`, leaves that require grad included, and autograd notices. Any strides
+            will do, and they may share memory in the way in which the refs' tensors do.
         device: Move what arrives to this device. On another than the CPU, arrays become tensors.
-        dtype: Convert what arrives to this dtype (floating-point tensors and arrays only). Arrays
-            stay arrays, unless numpy has no such dtype.
+        dtype: Convert floating-point tensors to this floating-point dtype, or complex ones to
+            this complex one. Where an owner sends the bytes itself (``tcp``), it converts first
+            if that makes them fewer. Arrays stay arrays, unless numpy has no such dtype.
         transport: Use this transport only.
 
     Returns:
         The same tree with tensors (numpy arrays, where such were exported) in the places of the
-        refs, with the strides that `torch.clone` gives.
+        refs, with the strides that `torch.clone` gives. Tensors of one result that share memory at
+        their owner move once and share memory here, with the strides that they have there; no
+        others share any.
 
     Raises:
         OwnerDiedError: The process that held a tensor is gone.
@@ -85,28 +89,47 @@ async def get(
     """
     check_transport(transport)
     target = _checked_device(device)
+    _check_dtype(dtype)
     if into is not None:
         return await _get_into(x, into, transport, device=device, dtype=dtype)
     if isinstance(x, TensorRef):
-        tensor = await current_for(x).pull(x, transport)
+        tensor = await current_for(x).pull(x, transport, dtype=dtype)
         return await _converted(tensor, target, dtype)
-    return await _converted(await _get_tree(x, transport, {}), target, dtype)
+    call = _Call(transport, dtype, {})
+    return await _converted(await _get_tree(x, call, "get(...)"), target, dtype)
 
 
-_Arrivals: TypeAlias = "dict[TensorRef, asyncio.Future[torch.Tensor]]"
+class _Call(NamedTuple):
+    """What the parts of one `get` have in common.
+
+    Attributes:
+        transport: Use this one only.
+        dtype: What will arrive is to be converted to it.
+        arrivals: The tensors that it has or waits for.
+    """
+
+    transport: str | None
+    dtype: torch.dtype | None
+    arrivals: dict[TensorRef, asyncio.Future[torch.Tensor]]
 
 
-async def _get_tree(x: Any, transport: str | None, arrivals: _Arrivals) -> Any:  # noqa: ANN401
-    """`get`, as part of a larger one: ``arrivals`` are the tensors it has or waits for."""
+async def _get_tree(x: Any, call: _Call, root: str) -> Any:  # noqa: ANN401
+    """`get`, as part of a larger one, where ``x`` is in the place that ``root`` says."""
     flat = Flat(x, is_ref, same=_itself)
     if not flat.leaves:
         return x
     if flat.has_tensordicts and "tensordict" not in sys.modules:
         await current().workers.run(lambda: importlib.import_module("tensordict"))
-    return flat.rebuild(await _resolve(flat.leaves, transport, arrivals))
+    return flat.rebuild(await _resolve(flat.leaves, call, lambda ref: place(x, ref, root)))
 
 
-async def _resolve(leaves: Sequence[Any], transport: str | None, arrivals: _Arrivals) -> list[Any]:
+async def _resolve(leaves: Sequence[Any], call: _Call, name: Callable[[Any], str]) -> list[Any]:
+    arrivals = call.arrivals
+    if not arrivals and all(map(is_tensor_ref, leaves)):  # nothing else to wait for
+        tensors = await current_for(leaves[0]).pull_all(
+            leaves, call.transport, dtype=call.dtype, name=name
+        )
+        return list(tensors)
     loop = asyncio.get_running_loop()
     mine = [leaf for leaf in leaves if isinstance(leaf, TensorRef) and leaf not in arrivals]
     arrivals.update((ref, loop.create_future()) for ref in mine)
@@ -114,7 +137,9 @@ async def _resolve(leaves: Sequence[Any], transport: str | None, arrivals: _Arri
 
     async def pull() -> None:
         try:
-            tensors = await current_for(mine[0]).pull_all(mine, transport)
+            tensors = await current_for(mine[0]).pull_all(
+                mine, call.transport, dtype=call.dtype, name=name
+            )
         except BaseException:
             for ref in mine:
                 arrivals[ref].cancel()  # others in this call that wait for it end with it
@@ -127,7 +152,7 @@ async def _resolve(leaves: Sequence[Any], transport: str | None, arrivals: _Arri
         if isinstance(leaf, TensorRef):
             values[index] = await asyncio.shield(arrivals[leaf])
         else:
-            values[index] = await _get_tree(await _ray.fetch(leaf), transport, arrivals)
+            values[index] = await _get_tree(await _ray.fetch(leaf), call, name(leaf))
 
     jobs = [pull()] if mine else []
     pulled = set(mine)
@@ -162,35 +187,23 @@ async def _get_into(
     if device is not None or dtype is not None:
         raise InvalidValueError("into= says device and dtype already: leave out device= and dtype=")
     tree = await _fetch_objects(x)
-    flat = Flat(tree, _is_tensor_ref, every=True)
-    targets = match(tree, into, _is_tensor_ref)
-    if len(targets) != len(flat.leaves):
-        raise InvalidTypeError(
-            "into= works with refs in dicts, lists, tuples, dataclasses and TensorDicts; some of "
-            "these are inside other objects"
-        )
-    tensors = [_target(ref, target) for ref, target in zip(flat.leaves, targets, strict=True)]
+    flat, targets, tensors = await targets_for(tree, into)
     if flat.leaves:
-        await current_for(flat.leaves[0]).pull_all(flat.leaves, transport, tensors)
+        await current_for(flat.leaves[0]).pull_all(
+            flat.leaves, transport, into=tensors, name=lambda ref: place(tree, ref, "get(...)")
+        )
     return flat.rebuild(targets)
 
 
-def _target(ref: TensorRef, given: Any) -> torch.Tensor:  # noqa: ANN401
-    """What to receive into, checked."""
-    if not isinstance(given, torch.Tensor) and not given.flags.writeable:
-        raise InvalidValueError("into= has a read-only array")
-    target = as_tensor(given)
-    if target.shape != ref.shape or target.dtype != ref.dtype:
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidTypeError(f"dtype must be a torch.dtype, not {type(dtype).__name__}")
+    if not (dtype.is_floating_point or dtype.is_complex):
         raise InvalidValueError(
-            f"into= has a tensor {tuple(target.shape)} {target.dtype} where {describe(ref)} "
-            "arrives; shapes and dtypes must be equal"
+            f"dtype={dtype}: only floating-point and complex tensors are converted, to such a dtype"
         )
-    if target.device.type != "cpu" or target.layout is not torch.strided:
-        raise InvalidValueError(f"into= has a tensor on {target.device}; host memory is needed")
-    strides = zip(target.shape, target.stride(), strict=True)
-    if any(size > 1 and stride == 0 for size, stride in strides):
-        raise InvalidValueError("into= has an expanded tensor, whose elements share memory")
-    return target
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
@@ -214,39 +227,35 @@ async def _converted(
         return value
     flat = Flat(value, is_leaf, inside=is_tensor)  # LEAF-1
 
-    def convert(leaf: Any) -> Any:  # noqa: ANN401
-        tensor = as_tensor(leaf)
-        wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
-        plain = tensor.detach()
-        converted = plain.to(device=device, dtype=wanted)
+    def made(leaf: Any, tensor: torch.Tensor, plain: torch.Tensor) -> Any:  # noqa: ANN401
         if isinstance(leaf, np.ndarray):
-            return leaf if converted is plain else as_array(converted)
+            changed = plain.dtype is not tensor.dtype or plain.device != tensor.device
+            return as_array(plain) if changed else leaf
         if tensor.requires_grad or type(tensor) is not torch.Tensor:
-            return same_kind(converted, tensor)
-        return converted
+            return same_kind(plain, tensor)
+        return plain
 
-    async def moved(leaf: Any) -> Any:  # noqa: ANN401
-        tensor = as_tensor(leaf)
-        wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
+    def converted() -> list[Any]:
+        plain = convert(tensors, device, dtype)
+        return [made(*row) for row in zip(flat.leaves, tensors, plain, strict=True)]
+
+    async def moved(leaf: Any, tensor: torch.Tensor) -> Any:  # noqa: ANN401
+        wanted = dtype if dtype is not None and converts(tensor.dtype, dtype) else None
         plain = tensor.detach()
         where = device or plain.device
         if where != plain.device:
             plain = await _device.move(plain, where, wanted, current().workers)
         elif wanted is not None:
             plain = plain.to(wanted)
-        if isinstance(leaf, np.ndarray):
-            return as_array(plain)
-        return same_kind(plain, tensor)
+        return made(leaf, tensor, plain)
 
     tensors = [as_tensor(leaf) for leaf in flat.leaves]
     if "cuda" in {tensor.device.type for tensor in tensors} | {device and device.type}:
-        return flat.rebuild([await moved(leaf) for leaf in flat.leaves])
+        return flat.rebuild([await moved(*row) for row in zip(flat.leaves, tensors, strict=True)])
     nbytes = sum(tensor.nbytes for tensor in tensors)
     if nbytes <= _CONVERT_ON_LOOP_NBYTES:
-        return flat.rebuild([convert(leaf) for leaf in flat.leaves])
-    return flat.rebuild(
-        await current().workers.run(lambda: [convert(leaf) for leaf in flat.leaves])
-    )
+        return flat.rebuild(converted())
+    return flat.rebuild(await current().workers.run(converted))
 
 
 def get_blocking(tree: Any) -> Any:  # noqa: ANN401

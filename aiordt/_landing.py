@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from aiordt import _device, _wire
-from aiordt._errors import InvalidValueError, UnavailableError
+from aiordt._errors import AiordtError, InvalidValueError, UnavailableError
 from aiordt._layout import Cut, first_run
 from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
-from aiordt._types import DTYPES, ITEMSIZES
+from aiordt._types import DTYPE_CODES, DTYPES, ITEMSIZES
 from aiordt.abc import Part, PeerAddress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from aiordt._memory import Pool
     from aiordt._types import Owner
@@ -78,6 +80,29 @@ class Pullable(Protocol):
     def released(self) -> bool:
         """Whether it was given up."""
         ...
+
+
+#: Gives the place of a ref in its caller's tree, as the caller would write it; or nothing.
+Name: TypeAlias = Callable[[Pullable], str]
+
+
+@contextmanager
+def naming(ref: Pullable, name: Name | None, count: int = 1) -> Generator[None]:
+    """Say in errors which of the caller's refs they concern.
+
+    Args:
+        ref: It, or the first of several.
+        name: Gives its place.
+        count: How many it is one of.
+    """
+    try:
+        yield
+    except AiordtError as exc:
+        where = "" if name is None else name(ref)
+        if not where:
+            raise
+        more = f" and {count - 1} more" if count > 1 else ""
+        raise exc.said(f"{where}{more}") from exc
 
 
 def check_reach(name: str, link: Link, refs: Sequence[Pullable]) -> None:
@@ -156,9 +181,13 @@ def as_seen(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
 
 def unpack_inline(ref: Pullable, data: bytes) -> Any:  # noqa: ANN401
     """What a ref that carries its bytes stands for."""
-    meta = ref.meta
+    return dress(unpack_plain(ref.meta, data), ref)
+
+
+def unpack_plain(meta: TensorMeta, data: bytes) -> torch.Tensor:
+    """A plain tensor of these bytes, which are in the order in which they travel."""
     shape = meta.shape if meta.stride is None else tuple(_order_of(meta).shape)
-    return dress(_from_order(from_raw_bytes(data, shape, dtype_of(meta.dtype)), meta), ref)
+    return _from_order(from_raw_bytes(data, shape, dtype_of(meta.dtype)), meta)
 
 
 @dataclass(slots=True)
@@ -183,7 +212,9 @@ class Landing:
     def copy_nbytes(self) -> int:
         """Bytes that `finish` copies; many are copied off the loop."""
         meta = self.ref.meta
-        if self.into is not None or self.tensor.numel() * self.tensor.itemsize < num_bytes(meta):
+        if (self.into is not None and self.into is not self.tensor) or (
+            self.tensor.numel() * ITEMSIZES[meta.dtype] < num_bytes(meta)
+        ):
             return num_bytes(meta)
         return 0
 
@@ -213,35 +244,49 @@ def prefers_packing(meta: TensorMeta) -> bool:
     return run_nbytes < _SMALL_RUN and num_bytes(meta) > _MANY_RUNS * run_nbytes
 
 
-def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing:
+def land(
+    ref: Pullable,
+    pool: Pool,
+    into: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Landing:
     """Prepare memory for ``ref``: the caller's, where it is laid out as the bytes travel.
 
     Args:
         ref: What is pulled.
         pool: Where other memory comes from.
         into: The caller's tensor.
+        dtype: What the owner is to convert the elements to, if that makes them smaller.
 
     Cost:
         A few µs.
     """
     meta = ref.meta
-    dtype = dtype_of(meta.dtype)
+    here = dtype_of(meta.dtype)
+    itemsize = here.itemsize
+    code = None
+    if dtype is not None and dtype.itemsize < itemsize and converts(here, dtype):
+        here = dtype
+        code = DTYPE_CODES[dtype]
     if meta.stride is None:
         fits = into is not None and into.is_contiguous()
-        tensor = into if fits and into is not None else pool.empty(meta.shape, dtype)
+        tensor = into if fits and into is not None else pool.empty(meta.shape, here)
         numel = tensor.numel()
-        cut = None if meta.offset is None else Cut(meta.offset, (numel,), (1,), dtype.itemsize)
+        whole = meta.offset is None and code is None
+        cut = None if whole else Cut(meta.offset or 0, (numel,), (1,), itemsize, code)
     else:
         source = _order_of(meta)
-        tensor = pool.empty(tuple(source.shape), dtype)
+        tensor = pool.empty(tuple(source.shape), here)
         numel = tensor.numel()
-        cut = Cut(meta.offset or 0, tuple(source.shape), source.stride(), dtype.itemsize)
+        cut = Cut(meta.offset or 0, tuple(source.shape), source.stride(), itemsize, code)
+    if into is not None and tensor is into and not into.is_inference():
+        torch.autograd.graph.increment_version(into)  # its memory is written behind autograd
     part = Part(
         ref.header.key,
         ref.index,
         meta.address,
         tensor.data_ptr(),
-        numel * dtype.itemsize,
+        numel * here.itemsize,
         cut,
         meta.segment,
         meta.device or "cpu",
@@ -251,20 +296,18 @@ def land(ref: Pullable, pool: Pool, into: torch.Tensor | None = None) -> Landing
     return Landing(ref, tensor, part, into, home)
 
 
-async def hand_over(landings: Sequence[Landing], finished: list[Any]) -> list[Any]:
-    """What each `Landing.finish` gave, on its device, ordered for the caller's stream (DEV-3)."""
-    for index, landing in enumerate(landings):
-        if landing.home is not None:  # pragma: no cover  (needs a GPU)
-            moved = await _device.layer(landing.home).unstage(finished[index], landing.home)
-            finished[index] = dress(moved, landing.ref)
-    _device.wait_on_stream(landings[0].tensor, _device.DONE)
-    return finished
+def converts(source: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether ``dtype=`` changes a tensor: floating-point ones and complex ones, each in kind."""
+    if source.is_complex:
+        return wanted.is_complex
+    return source.is_floating_point and wanted.is_floating_point
 
 
 def copy_into(into: torch.Tensor, arrived: Any) -> torch.Tensor:  # noqa: ANN401
     """Fill the caller's tensor, unless the bytes were received there."""
     if into is not arrived:
-        into.detach().copy_(as_tensor(arrived).detach())
+        with torch.inference_mode(mode=into.is_inference()):  # else it may not be written
+            into.detach().copy_(as_tensor(arrived).detach())
     return into
 
 

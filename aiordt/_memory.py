@@ -59,19 +59,25 @@ def memory_order(stride: Sequence[int]) -> list[int]:
     return sorted(range(len(stride)), key=lambda dim: -stride[dim])
 
 
-def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+def in_memory_order(tensor: torch.Tensor, stride: Sequence[int] | None = None) -> torch.Tensor:
     """A view of ``tensor`` whose elements in C order are the bytes that travel.
 
     Broadcast dimensions (stride 0) shrink to one; the rest are put in the order in which
     the receiver's dense copy has them in memory.
+
+    Args:
+        tensor: A tensor of any layout.
+        stride: Strides that say that order, where ``tensor`` is a copy of one that has them.
     """
-    if tensor.is_contiguous():
-        return tensor
+    if stride is None:
+        if tensor.is_contiguous():
+            return tensor
+        stride = tensor.stride()
     view = tensor.detach()
-    for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
-        if stride == 0 and size > 1:
+    for dim, (size, step) in enumerate(zip(view.shape, stride, strict=True)):
+        if step == 0 and size > 1:
             view = view.narrow(dim, 0, 1)
-    return view.permute(memory_order(dense_stride(view.shape, view.stride())))
+    return view.permute(memory_order(dense_stride(view.shape, stride)))
 
 
 class _Block:
@@ -213,9 +219,9 @@ def block_nbytes(nbytes: int) -> int:
     return power if nbytes <= power else -(-nbytes // step) * step
 
 
-def raw_bytes(tensor: torch.Tensor) -> bytes:
+def raw_bytes(tensor: torch.Tensor, stride: Sequence[int] | None = None) -> bytes:
     """The bytes of a small tensor, in the order of `in_memory_order`."""
-    view = in_memory_order(tensor).contiguous()
+    view = in_memory_order(tensor, stride).contiguous()
     return bytes(view_memory(view.data_ptr(), view.nbytes))
 
 

@@ -11,77 +11,48 @@ import ctypes
 import logging
 import os
 import threading
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from aiordt import _config, _device, _ray, _relay, _wire
+from aiordt import _config, _ray, _relay, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
-    OwnerDiedError,
     PeerLostError,
-    TensorFreedError,
-    UnavailableError,
 )
-from aiordt._landing import (
-    Header,
-    Landing,
-    Pullable,
-    as_seen,
-    check_reach,
-    copy_into,
-    dense_stride_of,
-    describe,
-    dress,
-    dtype_of,
-    hand_over,
-    land,
-    num_bytes,
-    prefers_packing,
-    unpack_inline,
-)
+from aiordt._exports import warn_if_shared
+from aiordt._landing import as_seen, dense_stride_of, dtype_of
 from aiordt._layout import span
 from aiordt._memory import Pool
-from aiordt._metrics import Counters, phase
+from aiordt._metrics import Counters
 from aiordt._peer import Network, listen, listen_locally
-from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, post, run_all
-from aiordt._registry import Registry, warn_if_shared
+from aiordt._progress import Admission, Inbox, IoThread, Workers, post
+from aiordt._pull import STALE_REF, Puller
+from aiordt._registry import Registry
 from aiordt._relay import Relay
-from aiordt._route import NOT_SHARED, Routes
-from aiordt._types import MIB
+from aiordt._route import Routes
 from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
-
     from aiordt._config import Config
+    from aiordt._landing import Header, Pullable
     from aiordt._ray import Session
     from aiordt._types import Explanation, Owner
     from aiordt._wire import Message
-    from aiordt.abc import Link
 
 _log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
 
 #: Notes to owners ("I pulled this") are gathered for so long.
 _NOTE_SECONDS: Final = 0.05
 #: How often a runtime looks whether its Ray session goes on (2 µs).
 _SESSION_SECONDS: Final = 1.0
-_STALE_REF: Final = "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
-#: How long Ray is given to say whether an unreachable owner is dead.
-_RAY_SECONDS: Final = 1.0
-#: Bytes that awaits may copy on the caller's loop before one of them lets others run.
-_COURTESY_NBYTES: Final = 4 * MIB
-#: Larger copies are made on a worker thread.
-_COPY_ON_LOOP_NBYTES: Final = MIB
 
 
-class Runtime:
+class Runtime(Puller):
     """aiordt in this process. Made by `current`."""
 
     def __init__(self, session: Session, config: Config) -> None:
@@ -211,279 +182,28 @@ class Runtime:
 
     async def explain(self, ref: Pullable) -> Explanation:
         """See `aiordt.explain`."""
-        self._check(ref)
-        return await self.routes.explain(ref, self.address.runtime_id, self._suited(ref))
+        self.check(ref)
+        return await self.routes.explain(ref, self.address.runtime_id, self.suited(ref))
 
     # --- looking ---------------------------------------------------------------------------
 
     async def view(self, ref: Pullable) -> Any:  # noqa: ANN401
         """See `aiordt.TensorRef.view`."""
-        self._check(ref)
-        tensor = self._here(ref)
+        self.check(ref)
+        tensor = self.here(ref)
         if tensor is not None:
-            self._came_along(ref)
+            self.came_along(ref)
             return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
-        self._check_shared(ref, "shm")
+        self.check_shared(ref, "shm")
         meta = ref.meta
         dtype = dtype_of(meta.dtype)
         stride = dense_stride_of(meta)
         nbytes = span(meta.shape, stride, dtype.itemsize)
-        _, link = await self._reached(ref.header, self._find(ref.header, "shm", None))
-        await self._reached(ref.header, self.routes.wait_ready([ref.header]))  # DEV-1
+        _, link = await self.reached(ref.header, self.find(ref.header, "shm", None))
+        await self.reached(ref.header, self.routes.wait_ready([ref.header]))  # DEV-1
         assert isinstance(link, SharedLink)  # noqa: S101  (what `shm` is)
         flat = await link.view(meta.segment, meta.address, nbytes)
         return as_seen(flat.view(dtype).as_strided(meta.shape, stride), ref)
-
-    # --- pulling ---------------------------------------------------------------------------
-
-    def _check(self, ref: Pullable) -> None:
-        if ref.header.session is not self.session or self.closed:
-            raise ClosedError(_STALE_REF)
-        if ref.released:
-            raise TensorFreedError("this ref was released: release() gave its tensor up")
-
-    def _here(self, ref: Pullable) -> Any:  # noqa: ANN401
-        """The tensor, or what it was made of, if its bytes need not be moved."""
-        meta = ref.meta
-        if ref.inline is not None:
-            return unpack_inline(ref, ref.inline)
-        if ref.header.address.runtime_id == self.address.runtime_id:
-            export, tensor = self.registry.local(ref.header.key, ref.index)
-            export.local = True
-            warn_if_shared(export)
-            if not export.ready.done():
-                _device.wait_on_stream(tensor, export.ready)  # DEV-3
-            return export.others.get(ref.index, tensor)
-        if num_bytes(meta) == 0:
-            return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
-        return None
-
-    def pull_nowait(self, ref: Pullable, transport: str | None) -> Any:  # noqa: ANN401
-        """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
-        self._check(ref)
-        tensor = self._here(ref)
-        if tensor is not None:
-            self._came_along(ref)
-            return tensor
-        if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
-            return None
-        forced = transport or ref.header.transport
-        peer_id = ref.header.address.runtime_id
-        found = None
-        if forced is None and ref.meta.segment and not self.routes.refused(peer_id, "shm"):
-            found = self.routes.known(peer_id, "shm")
-        else:
-            found = self.routes.known(peer_id, forced)
-        if found is None:
-            return None
-        name, link = found
-        nbytes = num_bytes(ref.meta)
-        if self._inline_nbytes + nbytes > _COURTESY_NBYTES:
-            return None  # the slow path gives the loop a turn
-        if nbytes > link.nowait_nbytes:
-            return None
-        landing = land(ref, self.pool)
-        if not link.read_nowait([landing.part]):
-            return None
-        self._inline_nbytes += nbytes
-        self.counters.pulled(name, 1, nbytes)
-        self._arrived([ref])
-        _device.wait_on_stream(landing.tensor, _device.DONE)  # DEV-3
-        return landing.finish()
-
-    async def pull(self, ref: Pullable, transport: str | None = None) -> Any:  # noqa: ANN401
-        """Pull one ref."""
-        tensor = self.pull_nowait(ref, transport)
-        if tensor is not None:
-            return tensor
-        return (await self.pull_all([ref], transport))[0]
-
-    async def pull_all(
-        self,
-        refs: Sequence[Pullable],
-        transport: str | None = None,
-        into: Sequence[torch.Tensor] | None = None,
-    ) -> list[torch.Tensor]:
-        """Pull many refs: concurrently from each owner, in one batch from the same.
-
-        Args:
-            refs: What to pull; all are checked before anything moves.
-            transport: Use this one only.
-            into: Tensors to receive into, of the refs' shapes and dtypes.
-
-        Returns:
-            The tensors, in order; those of ``into`` if it was given.
-        """
-        for ref in refs:
-            self._check(ref)
-        leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
-        self._inline_nbytes = 0
-        await asyncio.sleep(0)
-        results: list[torch.Tensor | None] = [None] * len(refs)
-        batches: dict[tuple[bytes, str | None, str | None], list[int]] = {}
-        for index, ref in enumerate(refs):
-            self._check(ref)
-            tensor = self._here(ref)
-            if tensor is None:
-                forced = transport or ref.header.transport
-                self._check_shared(ref, forced)
-                way = (ref.header.address.runtime_id, forced, self._suited(ref))
-                batches.setdefault(way, []).append(index)
-                continue
-            self._came_along(ref)
-            results[index] = tensor
-            if into is not None:
-                results[index] = await self._copied(ref, into[index], tensor)
-
-        async def pull_batch(forced: str | None, suited: str | None, indices: list[int]) -> None:
-            header = refs[indices[0]].header
-            finding = self._find(header, forced, suited)
-            name, link = await self._reached(header, finding)
-            asking = self.routes.wait_ready([refs[index].header for index in indices])
-            await self._reached(header, asking)
-            for some in self._admissible(refs, indices):
-                batch = [refs[index] for index in some]
-                targets = None if into is None else [into[index] for index in some]
-                tensors = await self._pull_batch(batch, targets, name, link)
-                for index, tensor in zip(some, tensors, strict=True):
-                    results[index] = tensor
-
-        if batches:
-            await run_all(
-                [
-                    pull_batch(forced, suited, indices)
-                    for (_, forced, suited), indices in batches.items()
-                ]
-            )
-        del leases
-        return [tensor for tensor in results if tensor is not None]
-
-    def _suited(self, ref: Pullable) -> str | None:
-        """The transport that suits a tensor better than the way to its owner in general.
-
-        Shared memory if it lies there; for one of tiny pieces, or on a device, a link whose
-        owner packs or stages them.
-        """
-        allowed = self.config.transports
-        peer_id = ref.header.address.runtime_id
-        if ref.meta.segment and "shm" in allowed and not self.routes.refused(peer_id, "shm"):
-            return "shm"
-        wanted = prefers_packing(ref.meta) or bool(ref.meta.device)
-        return "tcp" if wanted and "tcp" in allowed else None
-
-    @staticmethod
-    def _check_shared(ref: Pullable, forced: str | None) -> None:
-        if forced == "shm" and not ref.meta.segment:
-            reason = NOT_SHARED
-            raise UnavailableError(
-                f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
-            )
-
-    async def _find(
-        self, header: Header, forced: str | None, suited: str | None
-    ) -> tuple[str, Link]:
-        if forced is None and suited is not None:
-            with suppress(UnavailableError):  # remembered: it is not tried again
-                return await self.routes.find(header.address, header.owner, suited)
-        return await self.routes.find(header.address, header.owner, forced)
-
-    async def _reached(self, header: Header, reaching: Awaitable[_T]) -> _T:
-        """The outcome of something that was asked of an owner."""
-        try:
-            return await reaching
-        except OwnerDiedError as exc:
-            raise _died(header.owner, exc) from exc
-        except PeerLostError as exc:
-            if await self._ray_says_gone(header.owner):
-                raise _died(header.owner, exc) from exc
-            raise
-
-    async def _ray_says_gone(self, owner: Owner) -> bool:
-        """Whether an unreachable owner is known to be dead; ``False`` if Ray does not answer."""
-        asked = self._ray_questions.run(lambda: _ray.is_gone(owner))
-        asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
-        done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
-        return bool(done) and asked.exception() is None and asked.result()
-
-    def _admissible(self, refs: Sequence[Pullable], indices: list[int]) -> list[list[int]]:
-        """Cut a batch into some that `max_in_flight_bytes` lets in."""
-        batches: list[list[int]] = [[]]
-        room = self.config.max_in_flight_bytes
-        for index in indices:
-            nbytes = num_bytes(refs[index].meta)
-            if batches[-1] and nbytes > room:
-                batches.append([])
-                room = self.config.max_in_flight_bytes
-            batches[-1].append(index)
-            room -= nbytes
-        return batches
-
-    async def _pull_batch(
-        self,
-        refs: Sequence[Pullable],
-        into: Sequence[torch.Tensor] | None,
-        name: str,
-        link: Link,
-    ) -> list[torch.Tensor]:
-        """One read; the leases are held by the caller's frame until it has ended."""
-        nbytes = sum(num_bytes(ref.meta) for ref in refs)
-        await self._admission.acquire(nbytes)
-        self.counters.started(len(refs))
-        try:
-            phase("pull.admitted")
-
-            def prepare() -> list[Landing]:
-                targets = [None] * len(refs) if into is None else into
-                return [
-                    land(ref, self.pool, target) for ref, target in zip(refs, targets, strict=True)
-                ]
-
-            check_reach(name, link, refs)
-            landings = prepare()
-            parts = [landing.part for landing in landings]
-            relayed = self.relay.wants(name, parts)
-            try:
-                if relayed:
-                    await self.relay.read(refs[0].header.address, parts, name, link)
-                elif not link.read_nowait(parts):
-                    await link.read(parts)
-            except OwnerDiedError as exc:
-                raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
-            except PeerLostError as exc:
-                owner = refs[0].header.owner
-                if await self._ray_says_gone(owner):
-                    raise _died(owner, exc, describe(refs[0])) from exc
-                raise
-            phase("pull.arrived")
-        finally:
-            self.counters.ended(len(refs))
-            self._admission.release(nbytes)
-        if not relayed:
-            self.counters.pulled(name, len(refs), sum(part.nbytes for part in parts))
-        self._arrived(refs)
-        if sum(landing.copy_nbytes for landing in landings) > _COPY_ON_LOOP_NBYTES:
-            work = self.workers.run(lambda: [landing.finish() for landing in landings])
-            tensors = await finish(work)  # OWN-1: it may write to the caller's tensors
-        else:
-            tensors = [landing.finish() for landing in landings]
-        return await hand_over(landings, tensors)
-
-    async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
-        if ref.inline is None:
-            await self.registry.wait_ready([ref.header.key])  # DEV-1
-        if into.nbytes > _COPY_ON_LOOP_NBYTES or ref.meta.device:
-            return await finish(self.workers.run(lambda: copy_into(into, tensor)))
-        return copy_into(into, tensor)
-
-    def _came_along(self, ref: Pullable) -> None:
-        if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
-            self.counters.pulled("inline", 1, len(ref.inline))
-
-    def _arrived(self, refs: Sequence[Pullable]) -> None:
-        for ref in refs:
-            if not ref.header.noted:
-                ref.header.noted = True
-                self._notes.put(ref.header)
 
     # --- the end ---------------------------------------------------------------------------
 
@@ -506,10 +226,6 @@ class Runtime:
         self.workers.close()
         self._ray_questions.close()
         self.pool.close()
-
-
-def _died(owner: Owner, cause: Exception, what: str = "its tensors") -> OwnerDiedError:
-    return OwnerDiedError(f"{owner} died, and {what} with it ({cause})", owner=str(owner))
 
 
 class _Current:
@@ -551,7 +267,7 @@ def current_for(ref: Pullable) -> Runtime:
     """
     session = ref.header.session
     if isinstance(session, _ray.Session) and not session.alive:
-        raise ClosedError(_STALE_REF)
+        raise ClosedError(STALE_REF)
     return current()
 
 

@@ -154,6 +154,11 @@ class Flat:
     def _dict(self, value: dict[Any, Any]) -> _Rebuild | None:
         if _PLAIN.issuperset(map(type, value.values())):
             return None
+        exact = type(value) is dict or type(value) is OrderedDict
+        if exact and all(map(self._wanted, value.values())):  # a state dict: 3 times as fast
+            keys, make = list(value), type(value)
+            indices = list(map(self._leaf, value.values()))
+            return lambda values: make(zip(keys, map(values.__getitem__, indices), strict=True))
         parts = {key: rebuild for key, item in value.items() if (rebuild := self._visit(item))}
         if not parts:
             return None
@@ -355,6 +360,23 @@ def _walker(value: object) -> _Walker | None:
 
 def _is_tensorclass(value: object) -> bool:
     return hasattr(type(value), "_is_tensorclass") or isinstance(value, type)
+
+
+def place(tree: object, leaf: object, root: str) -> str:
+    """Where a leaf is in a tree, as one would write it: ``root['layer'][0]``.
+
+    Only for messages: walks all of it. Of a leaf inside an object, or in a set, it gives an
+    empty string.
+    """
+    if tree is leaf:
+        return root
+    if isinstance(tree, torch.Tensor):
+        return ""
+    for key, child in _children(tree).items():
+        found = place(child, leaf, f"{root}[{key!r}]")
+        if found:
+            return found
+    return ""
 
 
 def match(tree: object, like: object, wanted: Callable[[object], bool]) -> list[Any]:

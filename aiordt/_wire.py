@@ -25,7 +25,7 @@ from aiordt._errors import ProtocolViolationError
 from aiordt._layout import Cut
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 VERSION: Final = 1
 MAX_FRAME: Final = 2 << 20
@@ -59,7 +59,8 @@ class TensorMeta:
         flags: ``FLAG_*`` bits.
         shape: Sizes, in elements.
         stride: Strides in elements; ``None`` when contiguous.
-        address: Address of element 0 in the owner; 0 when inline.
+        address: Address of element 0 in the owner; 0 when inline, unless the bytes are shared with
+            another tensor of the export.
         segment: Number of the owner's shared segment that it is in; 0: in none.
         device: Where the owner has it; empty: in host memory.
         offset: Of element 0 from that of the exported tensor, in bytes; ``None``: it is the
@@ -209,8 +210,12 @@ def encode(kind: int, number: int, message: Message) -> bytes:
         number: Of the request, or of the request that is answered.
         message: The body.
     """
-    body = [getattr(message, field.name) for field in fields(message)]
-    data: bytes = msgpack.packb((VERSION, kind, number, message.code, body, {}), default=_plain)
+    body: list[object]
+    if isinstance(message, Pull):
+        body = [_grouped(message.items), message.nbytes, message.streams]
+    else:
+        body = [getattr(message, field.name) for field in fields(message)]
+    data: bytes = msgpack.packb((VERSION, kind, number, message.code, body, {}))
     return data
 
 
@@ -245,27 +250,44 @@ def _checked_ids(values: list[Any]) -> list[bytes]:
     return values
 
 
-def _plain(value: object) -> object:
-    """A cut as msgpack can pack it."""
-    if not isinstance(value, Cut):
-        raise TypeError(f"{type(value).__name__} does not travel")
-    return value.offset, value.shape, value.stride, value.itemsize, value.dtype
+def _grouped(items: Iterable[Item]) -> list[tuple[bytes, list[object]]]:
+    """Items as they travel: each key once, with the rows that it is the key of."""
+    groups: list[tuple[bytes, list[object]]] = []
+    rows: list[object] = []
+    last: bytes | None = None
+    for key, index, cut in items:
+        if key != last:
+            rows = []
+            groups.append((key, rows))
+            last = key
+        rows.append(
+            index
+            if cut is None
+            else (index, cut.offset, cut.shape, cut.stride, cut.itemsize, cut.dtype)
+        )
+    return groups
 
 
-def _checked_items(values: list[Any]) -> list[Item]:
+def _checked_items(groups: list[Any]) -> list[Item]:
     items: list[Item] = []
-    for value in values:
-        if type(value) is not list or len(value) != 3:
-            raise ProtocolViolationError("a list of (key, index, cut) was expected")
-        key, index, cut = value
-        if type(key) is not bytes or not _is_size(index):
-            raise ProtocolViolationError("a list of (key, index, cut) was expected")
-        items.append((key, index, None if cut is None else _checked_cut(cut)))
+    for group in groups:
+        if type(group) is not list or len(group) != 2:
+            raise ProtocolViolationError("a list of keys and rows was expected")
+        key, rows = group
+        if type(key) is not bytes or type(rows) is not list:
+            raise ProtocolViolationError("a list of keys and rows was expected")
+        for row in rows:
+            if type(row) is int and row >= 0:
+                items.append((key, row, None))
+            elif type(row) is list and row and _is_size(row[0]):
+                items.append((key, row[0], _checked_cut(row[1:])))
+            else:
+                raise ProtocolViolationError("an index, or an index and a cut, was expected")
     return items
 
 
-def _checked_cut(value: Any) -> Cut:  # noqa: ANN401
-    if type(value) is list and len(value) >= 5:
+def _checked_cut(value: list[Any]) -> Cut:
+    if len(value) >= 5:
         offset, shape, stride, itemsize, dtype = value[:5]
         if (
             _is_size(offset)
@@ -287,7 +309,7 @@ def _is_size(value: object) -> bool:
 
 def pack_items(items: Sequence[Item]) -> bytes:
     """Encode items for a `TransportMessage`."""
-    data: bytes = msgpack.packb(items, default=_plain)
+    data: bytes = msgpack.packb(_grouped(items))
     return data
 
 

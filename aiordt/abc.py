@@ -275,6 +275,8 @@ class Link(AsyncResource):
         death_fd: A file descriptor that is readable once the other process is gone, valid for
             as long as the link exists; ``None`` if there is none.
         nowait_nbytes: Up to how many bytes `read_nowait` may succeed.
+        splits: A large batch may be read in several calls at no cost, so that preparing the next
+            tensors overlaps with reading.
         packs: Two-sided: the owner lays the bytes of a `Cut` end to end before it sends them,
             and converts them where the cut says so; what is on a device it stages in host memory.
         devices: Types of devices whose memory it reads by itself.
@@ -282,6 +284,7 @@ class Link(AsyncResource):
 
     death_fd: int | None = None
     nowait_nbytes: int = 0
+    splits: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 

@@ -32,6 +32,9 @@ _QUIET: Final = {
     "NIXL_LOG_LEVEL": "FATAL",
     "UCX_LOG_LEVEL": "fatal",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
+    # NIXL brings its own UCX. Where ucxx has another one loaded, both would hook malloc and mmap,
+    # and the process crashes. Memory is registered explicitly here, so nothing is lost.
+    "UCX_MEM_EVENTS": "n",
 }
 
 
@@ -68,7 +71,7 @@ def _bindings() -> Any:  # noqa: ANN401  (untyped)
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """NIXL and UCX read how much to print when they are loaded; the user's own choice stays."""
+    """NIXL and UCX read these when they are loaded; the user's own choice stays."""
     added = [name for name in _QUIET if name not in os.environ]
     os.environ.update((name, _QUIET[name]) for name in added)
     try:
@@ -309,7 +312,7 @@ class Engine:
             _leaked.append(self)
             return
         self.memory.clear()
-        del self.agent
+        self.__dict__.pop("agent", None)  # it was never there if making it failed
 
 
 _leaked: list[Engine] = []

@@ -48,8 +48,8 @@ _TOKEN_NBYTES: Final = 16
 _YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 _Readv: TypeAlias = "Callable[[int, bytes, int, bytes, int, int], int]"
-# A chunk: local address, bytes, and the remote (address, bytes) pairs that fill it.
-_Chunk: TypeAlias = tuple[int, int, bytes]
+# A chunk: its bytes, and the (address, bytes) pairs here and there.
+_Chunk: TypeAlias = tuple[int, bytes, bytes]
 
 
 def _load() -> _Readv | None:
@@ -121,34 +121,66 @@ def _advice(code: int) -> str:
 
 
 def _chunks(parts: Sequence[Part]) -> Iterator[_Chunk]:
-    """Cut parts into reads of about `CHUNK_NBYTES`, none with more than IOV_MAX pieces."""
+    """Cut parts into reads of about `CHUNK_NBYTES`, none with more than IOV_MAX pieces.
+
+    Small contiguous parts are gathered: a call costs as much as reading 10 KiB, a piece in it
+    0.1 µs.
+    """
+    local: list[int] = []
+    remote: list[int] = []
+    gathered = 0
     for part in parts:
-        if part.cut is None or part.cut.contiguous:
-            for start in range(0, part.nbytes, CHUNK_NBYTES):
-                nbytes = min(CHUNK_NBYTES, part.nbytes - start)
-                yield part.target + start, nbytes, _IOVEC.pack(part.address + start, nbytes)
-            continue
-        run, runs = part.cut.runs()
-        if run > CHUNK_NBYTES:
-            for number, offset in enumerate(runs.tolist()):
-                for start in range(0, run, CHUNK_NBYTES):
-                    nbytes = min(CHUNK_NBYTES, run - start)
-                    remote = _IOVEC.pack(part.address + offset + start, nbytes)
-                    yield part.target + number * run + start, nbytes, remote
-            continue
-        per_chunk = min(_IOV_MAX, CHUNK_NBYTES // run)
-        for first in range(0, len(runs), per_chunk):
-            offsets = runs[first : first + per_chunk]
-            pairs = np.empty((len(offsets), 2), dtype=np.uint64)
-            pairs[:, 0] = offsets + part.address
-            pairs[:, 1] = run
-            yield part.target + first * run, len(offsets) * run, pairs.tobytes()
+        nbytes = part.nbytes
+        if not part.contiguous:
+            yield from _strided_chunks(part)
+        elif nbytes > CHUNK_NBYTES:
+            for start in range(0, nbytes, CHUNK_NBYTES):
+                some = min(CHUNK_NBYTES, nbytes - start)
+                yield (
+                    some,
+                    _IOVEC.pack(part.target + start, some),
+                    _IOVEC.pack(part.address + start, some),
+                )
+        elif nbytes:
+            if gathered + nbytes > CHUNK_NBYTES or len(local) == 2 * _IOV_MAX:
+                yield gathered, _iovecs(local), _iovecs(remote)
+                local, remote, gathered = [], [], 0
+            local += (part.target, nbytes)
+            remote += (part.address, nbytes)
+            gathered += nbytes
+    if gathered:
+        yield gathered, _iovecs(local), _iovecs(remote)
+
+
+def _iovecs(fields: list[int]) -> bytes:
+    return struct.pack(f"{len(fields)}Q", *fields)
+
+
+def _strided_chunks(part: Part) -> Iterator[_Chunk]:
+    run, runs = part.runs()
+    if run > CHUNK_NBYTES:
+        for number, offset in enumerate(runs.tolist()):
+            for start in range(0, run, CHUNK_NBYTES):
+                nbytes = min(CHUNK_NBYTES, run - start)
+                target = part.target + number * run + start
+                remote = _IOVEC.pack(part.address + offset + start, nbytes)
+                yield nbytes, _IOVEC.pack(target, nbytes), remote
+        return
+    per_chunk = min(_IOV_MAX, CHUNK_NBYTES // run)
+    for first in range(0, len(runs), per_chunk):
+        offsets = runs[first : first + per_chunk]
+        pairs = np.empty((len(offsets), 2), dtype=np.uint64)
+        pairs[:, 0] = offsets + part.address
+        pairs[:, 1] = run
+        nbytes = len(offsets) * run
+        yield nbytes, _IOVEC.pack(part.target + first * run, nbytes), pairs.tobytes()
 
 
 class CmaLink(Link):
     """Reads one process's memory. Made by `CmaTransport.connect`."""
 
     nowait_nbytes = INLINE_NBYTES
+    splits: ClassVar[bool] = True
 
     def __init__(self, pid: int, pidfd: int, *, name: str, workers: Workers) -> None:
         self._pid = pid
@@ -168,16 +200,19 @@ class CmaLink(Link):
             if part.nbytes == 0:
                 return True
             self._check_open()
-            self._read_chunk(
-                (part.target, part.nbytes, _IOVEC.pack(part.address, part.nbytes)), part.nbytes
-            )
+            nbytes = part.nbytes
+            local, remote = _IOVEC.pack(part.target, nbytes), _IOVEC.pack(part.address, nbytes)
+            self._read_chunk((nbytes, local, remote), nbytes)
             self._check_alive()
             return True
-        if sum(part.nbytes for part in parts) > INLINE_NBYTES or len(parts) > 16:
+        total = sum(part.nbytes for part in parts)
+        if total > INLINE_NBYTES or not all(part.contiguous for part in parts):
             return False
-        if not all(part.contiguous for part in parts):
-            return False
-        return all(self.read_nowait([part]) for part in parts)
+        self._check_open()
+        for chunk in _chunks(parts):
+            self._read_chunk(chunk, total)
+        self._check_alive()
+        return True
 
     @override
     async def read(self, parts: Sequence[Part]) -> None:
@@ -195,14 +230,12 @@ class CmaLink(Link):
 
     def _read_chunk(self, chunk: _Chunk, total: int) -> None:
         """One system call, usually; it may stop short between two pieces."""
-        target, nbytes, remote = chunk
+        left, local, remote = chunk
         readv = _readv
         assert readv is not None  # noqa: S101  (for the type checker: probe() said so)
-        done = 0
         while True:
-            local = _IOVEC.pack(target + done, nbytes - done)
-            got = readv(self._pid, local, 1, remote, len(remote) // 16, 0)
-            if got == nbytes - done:
+            got = readv(self._pid, local, len(local) // 16, remote, len(remote) // 16, 0)
+            if got == left:
                 return
             if got <= 0:
                 code = ctypes.get_errno() if got < 0 else errno.EFAULT
@@ -217,8 +250,8 @@ class CmaLink(Link):
                     peer=self._name,
                     nbytes=total,
                 )
-            done += got
-            remote = _skip(remote, got)
+            left -= got
+            local, remote = _skip(local, got), _skip(remote, got)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -245,9 +278,9 @@ class CmaLink(Link):
         os.close(self._pidfd)  # not earlier: a reader may still look at it
 
 
-def _skip(remote: bytes, nbytes: int) -> bytes:
-    """The remote pieces that are left after ``nbytes`` bytes of them were read."""
-    pieces = list(_IOVEC.iter_unpack(remote))
+def _skip(vectors: bytes, nbytes: int) -> bytes:
+    """The pieces that are left after ``nbytes`` bytes of them were read."""
+    pieces = list(_IOVEC.iter_unpack(vectors))
     while pieces and nbytes >= pieces[0][1]:
         nbytes -= pieces.pop(0)[1]
     if pieces and nbytes:

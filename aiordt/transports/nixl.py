@@ -133,10 +133,11 @@ class NixlLink(Link):
                 chunk.local.append((target, part.nbytes, local_id))
                 chunk.remote.append((part.address, part.nbytes, there.device_id))
             done = engine.agent.post(chunk, self._remote.name)
-            deadline = time.monotonic() + _INLINE_SECONDS
-            # Without a network card the call copies; it must not be left half done.
-            while not done and (registered is not None or time.monotonic() < deadline):
-                done = engine.agent.poll(chunk)
+            if not done:
+                deadline = time.monotonic() + _INLINE_SECONDS
+                # Without a network card the call copies; it must not be left half done.
+                while not done and (registered is not None or time.monotonic() < deadline):
+                    done = engine.agent.poll(chunk)
             if done:
                 engine.land(chunk)
             else:

@@ -15,6 +15,7 @@ import ray
 import torch
 
 import aiordt
+from aiordt._config import PLANNED
 from tests.support import MIB, arange, eventually, on_phase
 
 TRANSPORTS = ["make_cma", "make_tcp"]
@@ -374,7 +375,7 @@ async def test_release_during_a_pull_does_not_free_what_is_read(nodes: Any) -> N
 
 async def test_a_live_transport_that_is_to_come_says_so(nodes: Any) -> None:
     ref = await nodes[0].make.remote(lambda _: arange(MIB))
-    for name in ("nixl", "cuda_ipc"):
+    for name in PLANNED:
         with pytest.raises(aiordt.UnavailableError, match="does not have it yet") as caught:
             await aiordt.get(ref, transport=name)
         assert caught.value.transport == name

@@ -58,7 +58,11 @@ async def test_arrays_arrive_as_arrays(nodes: Any, how: str) -> None:
     assert all(isinstance(ref, aiordt.TensorRef) for ref in refs.values())
     assert refs["big"].dtype is torch.float32
     assert refs["strided"].shape == torch.Size(wanted["strided"].shape)
-    got = await aiordt.get(refs)
+    together = await aiordt.get(refs)
+    assert all(same(together[name], wanted[name]) for name in wanted if name != "tensor")
+    assert np.shares_memory(together["big"], together["strided"])  # as at their owner
+    # One by one, they are apart.
+    got = {name: await ref for name, ref in refs.items()}
     assert isinstance(got.pop("tensor"), torch.Tensor)
     for name, array in got.items():
         assert same(array, wanted[name]), name

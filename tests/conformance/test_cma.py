@@ -190,3 +190,54 @@ async def test_memory_that_is_not_there_is_a_failed_transfer() -> None:
         assert (info.value.transport, info.value.nbytes) == ("cma", nbytes)
     await link.aclose()
     await transport.aclose()
+
+
+@pytest.mark.parametrize("nbytes", [1, 40, 3000, 70_000])
+async def test_many_small_parts_are_read_by_few_calls(
+    monkeypatch: pytest.MonkeyPatch, nbytes: int
+) -> None:
+    count = 2500 if nbytes < 70_000 else 50
+    transport = CmaTransport(NO_CONTEXT)
+    link = await transport.connect(Known(here()))
+    source = torch.randint(0, 256, (count, nbytes + 7), dtype=torch.uint8)
+    target = torch.zeros(count, nbytes + 3, dtype=torch.uint8)
+    parts = [
+        Part(b"", 0, row.data_ptr(), to.data_ptr(), nbytes if number % 10 else 0)
+        for number, (row, to) in enumerate(zip(source, target, strict=True))
+    ]
+    calls = []
+    readv = cma._readv
+    assert readv is not None
+
+    def counting(*args: Any) -> int:
+        calls.append(args)
+        return readv(*args)
+
+    monkeypatch.setattr(cma, "_readv", counting)
+    if not link.read_nowait(parts):
+        assert count * nbytes > cma.INLINE_NBYTES
+        await link.read(parts)
+    assert len(calls) <= 2 + max(count // 1000, count * nbytes // (cma.CHUNK_NBYTES - nbytes))
+    expected = torch.zeros_like(target)
+    expected[:, :nbytes] = source[:, :nbytes]
+    expected[::10] = 0
+    assert torch.equal(target, expected)
+    await link.aclose()
+    await transport.aclose()
+
+
+async def test_one_small_part_of_many_that_is_not_there_fails_them_all() -> None:
+    transport = CmaTransport(NO_CONTEXT)
+    link = await transport.connect(Known(here()))
+    source, target = torch.ones(100, 64), torch.zeros(100, 64)
+    parts = [
+        Part(b"", 0, 4096 if number == 60 else row.data_ptr(), to.data_ptr(), 256)
+        for number, (row, to) in enumerate(zip(source, target, strict=True))
+    ]
+    with pytest.raises(TransferError):
+        link.read_nowait(parts)
+    with pytest.raises(TransferError):
+        await link.read(parts)
+    assert not target[60:].any()
+    await link.aclose()
+    await transport.aclose()

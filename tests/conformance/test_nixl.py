@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -180,6 +181,35 @@ async def test_views_of_one_storage_are_registered_once(ends: Ends) -> None:  # 
     tensors = [whole, whole[5000:], whole[:70_000].view(7, 10_000)]
     await read(link, ends.export(tensors), tensors)
     assert ends.owning.registered[0] == before + 1
+
+
+async def test_a_loop_never_waits_for_the_agent(ends: Ends) -> None:  # NIX-2
+    """Another thread is at it: the read is left to the agent's own thread, and comes later."""
+    link = await ends.connect()
+    tensor, target = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
+    key = ends.export([tensor])
+    await read(link, key, [tensor])
+    part = part_of(key, 0, tensor, target)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with link._engine.lock:
+            taken.set()
+            done.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(20)
+    assert not link.read_nowait([part])
+    reading = asyncio.create_task(link.read([part]))
+    await asyncio.sleep(0.05)
+    assert not reading.done()
+    assert not target.any()
+    done.set()
+    await reading
+    holder.join()
+    assert torch.equal(tensor, target)
+    assert link.read_nowait([part])
 
 
 async def test_nothing_outside_of_an_export_is_read(ends: Ends) -> None:  # NIX-3

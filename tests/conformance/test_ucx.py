@@ -178,16 +178,26 @@ async def test_cancelled_at_each_phase(ends: Ends, name: str) -> None:  # UCX-1,
     await ends.read()
 
 
-async def test_a_cancelled_read_moves_few_bytes(ends: Ends) -> None:  # UCX-4
-    """Of what was not received yet, only the announcements travel."""
-    target = torch.zeros(LARGE, dtype=torch.uint8)
-    task = asyncio.create_task(ends.link.read([Part(ends.key, 0, 0, target.data_ptr(), LARGE)]))
-    loop = asyncio.get_running_loop()
-    with at_phase("ucx.asking", lambda: loop.call_soon_threadsafe(task.cancel)):
-        await asyncio.wait({task}, timeout=10)
-    assert task.cancelled()
-    await ends.held_by_none()
-    assert not bool(target.any()), "nothing was posted, so nothing came"
+async def test_what_comes_after_a_cancellation_goes_nowhere() -> None:  # UCX-4, OWN-1
+    """The owner, which stood still, answers a read that was given up."""
+    with process_pairs("ucx") as make_pair:
+        pair = await make_pair()
+        content = torch.arange(LARGE // 8, dtype=torch.int64)
+        (exported,) = await pair.export([content])
+        target, again = torch.zeros_like(content), torch.zeros_like(content)
+        pair.pause()
+        for _ in range(3):
+            with at_phase("ucx.asking", lambda: None) as phases:
+                task = asyncio.create_task(pair.link.read([exported.part(target.data_ptr())]))
+                await phases.wait_reached()
+            task.cancel()
+            await asyncio.wait({task}, timeout=2)
+            assert task.cancelled()
+        pair.resume()
+        await pair.link.read([exported.part(again.data_ptr())])
+        assert torch.equal(again, content)
+        assert not bool(target.any())
+        await pair.aclose()
 
 
 async def test_a_refused_read_leaves_nothing(ends: Ends) -> None:  # ISO-1, UCX-4

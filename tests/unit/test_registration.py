@@ -58,7 +58,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.device = Device()
-        self.limit = 6
+        self.limit = 2
         self.cache = Registrations(self.device.register, self.device.deregister, limit=self.limit)
         self.memories: list[Memory] = []
         self.uses: list[tuple[Memory, Registration[Handle]]] = []
@@ -193,8 +193,15 @@ def test_a_storage_that_was_resized_is_registered_again(
     cache: Registrations[Handle],
 ) -> None:  # RGN-2
     tensor = torch.zeros(1000)
+    region = region_of(tensor)
     earlier = number(cache, tensor)
     tensor.untyped_storage().resize_(100_000_000)
+    assert number(cache, tensor) != earlier
+    # Something else may be where it was.
+    other = cache.acquire(Region(region.address, region.nbytes, "cpu", lambda: True))
+    assert other.number != earlier
+    cache.release(other)
+    cache.clear()
     assert number(cache, tensor) != earlier
     tensor.untyped_storage().resize_(0)
     cache.sweep()

@@ -363,3 +363,25 @@ def test_keys_are_fresh() -> None:
     keys = {_wire.new_key() for _ in range(100)}
     assert len(keys) == 100
     assert {len(key) for key in keys} == {16}
+
+
+def test_a_pull_of_many_tensors_names_their_key_once() -> None:
+    items: list[_wire.Item] = [(bytes(16), number, None) for number in range(10_000)]
+    message = _wire.Pull(items, 1, [])
+    data = _wire.encode(_wire.KIND_REQUEST, 1, message)
+    assert len(data) < 40_000
+    assert _wire.decode(data)[2] == message
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [bytes(16)], [[bytes(16)]], [[bytes(16), 3]], [["key", [3]]], [[bytes(16), [-1]]],
+        [[bytes(16), [[]]]], [[bytes(16), [[0]]]], [[bytes(16), [[0, 1, [2], [1], 0, None]]]],
+        [[bytes(16), ["0"]]], [[bytes(16), [[0, -1, [2], [1], 4, None]]]],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_malformed_items_are_refused(items: list[object]) -> None:  # WIRE-2
+    with pytest.raises(ProtocolViolationError):
+        _wire.decode(msgpack.packb([1, 0, 1, _wire.Pull.code, [items, 1, []], {}]))

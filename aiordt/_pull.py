@@ -1,0 +1,452 @@
+"""Pulling: from refs to tensors, over whatever way leads to their owners."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from aiordt import _device, _ray
+from aiordt._batch import Batch, parcels, tied, unpack_tied
+from aiordt._errors import (
+    ClosedError,
+    OwnerDiedError,
+    PeerLostError,
+    TensorFreedError,
+    UnavailableError,
+)
+from aiordt._exports import warn_if_shared
+from aiordt._landing import (
+    Header,
+    Name,
+    Pullable,
+    check_reach,
+    copy_into,
+    describe,
+    dress,
+    dtype_of,
+    land,
+    naming,
+    num_bytes,
+    prefers_packing,
+    unpack_inline,
+)
+from aiordt._leaves import as_array
+from aiordt._metrics import phase
+from aiordt._progress import finish, run_all
+from aiordt._route import NOT_SHARED
+from aiordt._slices import view_of
+from aiordt._types import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+
+    from aiordt._config import Config
+    from aiordt._memory import Pool
+    from aiordt._metrics import Counters
+    from aiordt._progress import Admission, Inbox, Workers
+    from aiordt._ray import Session
+    from aiordt._registry import Registry
+    from aiordt._relay import Relay
+    from aiordt._route import Routes
+    from aiordt._sharing import Ties
+    from aiordt._types import Owner
+    from aiordt.abc import Link, Part, PeerAddress
+
+_T = TypeVar("_T")
+
+STALE_REF: Final = "this ref belongs to a Ray session that has ended (ray.shutdown was called)"
+#: How long Ray is given to say whether an unreachable owner is dead.
+_RAY_SECONDS: Final = 1.0
+#: Bytes that awaits may copy on the caller's loop before one of them lets others run.
+_COURTESY_NBYTES: Final = 4 * MIB
+#: Reads of one batch that are under way at once.
+_STEPS_AHEAD: Final = 2
+#: Transports whose readers are on their owner's host.
+_SAME_HOST: Final = frozenset({"shm", "cma", "cuda_ipc"})
+#: Larger copies are made on a worker thread.
+_COPY_ON_LOOP_NBYTES: Final = MIB
+
+
+class _Wanted(NamedTuple):
+    """What one `get` wants of one owner.
+
+    Attributes:
+        places: Where each is in the call.
+        refs: The refs.
+        sizes: Bytes of each.
+        ties: Which of them share memory.
+    """
+
+    places: list[int]
+    refs: list[Pullable]
+    sizes: list[int]
+    ties: Ties
+
+
+class Puller:
+    """The part of a `Runtime` that pulls; the attributes are the runtime's."""
+
+    session: Session
+    config: Config
+    address: PeerAddress
+    closed: bool
+    counters: Counters
+    pool: Pool
+    workers: Workers
+    registry: Registry
+    routes: Routes
+    relay: Relay
+    _admission: Admission
+    _notes: Inbox
+    _ray_questions: Workers
+    _inline_nbytes: int
+
+    def check(self, ref: Pullable, name: Name | None = None) -> None:
+        """Refuse a ref that cannot be pulled any more, or not by this runtime."""
+        if ref.header.session is self.session and not self.closed and not ref.released:
+            return
+        with naming(ref, name):
+            if not ref.released:
+                raise ClosedError(STALE_REF)
+            raise TensorFreedError("this ref was released: release() gave its tensor up")
+
+    def here(self, ref: Pullable) -> Any:  # noqa: ANN401
+        """The tensor, or what it was made of, if its bytes need not be moved."""
+        meta = ref.meta
+        if ref.inline is not None:
+            return unpack_inline(ref, ref.inline)
+        if ref.header.address.runtime_id == self.address.runtime_id:
+            export, tensor = self.registry.local(ref.header.key, ref.index)
+            export.local = True
+            warn_if_shared(export)
+            if not export.ready.done():
+                _device.wait_on_stream(tensor, export.ready)  # DEV-3
+            whole = export.others.get(ref.index, tensor)
+            if meta.offset is None:
+                return whole
+            part = view_of(tensor, meta)
+            return as_array(part) if isinstance(whole, np.ndarray) else part
+        if num_bytes(meta) == 0:
+            return dress(torch.empty(meta.shape, dtype=dtype_of(meta.dtype)), ref)
+        return None
+
+    def pull_nowait(self, ref: Pullable, transport: str | None) -> Any:  # noqa: ANN401
+        """Pull ``ref`` if that takes only microseconds; ``None`` if it does not."""
+        self.check(ref)
+        tensor = self.here(ref)
+        if tensor is not None:
+            self.came_along(ref)
+            return tensor
+        if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
+            return None
+        forced = transport or ref.header.transport
+        peer_id = ref.header.address.runtime_id
+        found = None
+        if forced is None and ref.meta.segment and not self.routes.refused(peer_id, "shm"):
+            found = self.routes.known(peer_id, "shm")
+        else:
+            found = self.routes.known(peer_id, forced)
+        if found is None:
+            return None
+        name, link = found
+        nbytes = num_bytes(ref.meta)
+        if self._inline_nbytes + nbytes > _COURTESY_NBYTES:
+            return None  # the slow path gives the loop a turn
+        if nbytes > link.nowait_nbytes:
+            return None
+        landing = land(ref, self.pool)
+        if not link.read_nowait([landing.part]):
+            return None
+        self._inline_nbytes += nbytes
+        self.counters.pulled(name, 1, nbytes)
+        self._arrived([ref])
+        _device.wait_on_stream(landing.tensor, _device.DONE)  # DEV-3
+        return landing.finish()
+
+    async def pull(
+        self, ref: Pullable, transport: str | None = None, *, dtype: torch.dtype | None = None
+    ) -> Any:  # noqa: ANN401
+        """Pull one ref."""
+        tensor = self.pull_nowait(ref, transport)
+        if tensor is not None:
+            return tensor
+        return (await self.pull_all([ref], transport, dtype=dtype))[0]
+
+    async def pull_all(
+        self,
+        refs: Sequence[Pullable],
+        transport: str | None = None,
+        *,
+        into: Sequence[torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        name: Name | None = None,
+    ) -> list[Any]:
+        """Pull many refs: concurrently from each owner, in one batch from the same.
+
+        Args:
+            refs: What to pull; all are checked before anything moves.
+            transport: Use this one only.
+            into: Tensors to receive into, of the refs' shapes and dtypes.
+            dtype: What the tensors will be converted to: an owner may do it before sending.
+            name: Gives a ref's place in the caller's tree, for errors.
+
+        Returns:
+            The tensors, in order; those of ``into`` if it was given.
+        """
+        session = self.session
+        for ref in refs:
+            if ref.lease is None or ref.header.session is not session or self.closed:
+                self.check(ref, name)
+        leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
+        self._inline_nbytes = 0
+        await asyncio.sleep(0)
+        sizes = [num_bytes(ref.meta) for ref in refs]
+        results, owners = self._sort(refs, sizes, transport, name)
+        if into is not None:
+            for index, result in enumerate(results):
+                if result is not None:
+                    results[index] = await self._copied(refs[index], into[index], result)
+
+        async def pull_by(
+            forced: str | None, suited: str | None, wanted: _Wanted, numbers: list[int]
+        ) -> None:
+            first = wanted.refs[numbers[0]]
+            with naming(first, name, len(numbers)):
+                finding = self.find(first.header, forced, suited)
+                transport, link = await self.reached(first.header, finding)
+                asking = self.routes.wait_ready([wanted.refs[each].header for each in numbers])
+                await self.reached(first.header, asking)  # DEV-1
+                check_reach(transport, link, [wanted.refs[number] for number in numbers])
+            limit = self.config.max_in_flight_bytes
+            for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
+                batch = Batch(
+                    [wanted.refs[number] for number in some],
+                    [wanted.sizes[number] for number in some],
+                    wanted.ties.among(some),
+                    None if into is None else [into[wanted.places[number]] for number in some],
+                    dtype if link.packs else None,
+                )
+                with naming(batch.refs[0], name, len(some)):
+                    tensors = await self._pull_batch(batch, transport, link, shared=forced is None)
+                for number, tensor in zip(some, tensors, strict=True):
+                    results[wanted.places[number]] = tensor
+
+        jobs = []
+        for (_, forced), places in owners.items():
+            some = [refs[place] for place in places]
+            some_sizes = [sizes[place] for place in places]
+            ties = tied(some, some_sizes, apart=into is not None)
+            wanted = _Wanted(places, some, some_sizes, ties)
+            for suited, numbers in self._ways(wanted, forced).items():
+                jobs.append(pull_by(forced, suited, wanted, numbers))
+        if jobs:
+            await run_all(jobs)
+        del leases
+        return [tensor for tensor in results if tensor is not None]
+
+    def _sort(
+        self,
+        refs: Sequence[Pullable],
+        sizes: Sequence[int],
+        transport: str | None,
+        name: Name | None,
+    ) -> tuple[list[Any], dict[tuple[bytes, str | None], list[int]]]:
+        """What is here already; and the places of the others by owner and forced transport."""
+        results: list[Any] = [None] * len(refs)
+        by_value: list[int] = []
+        owners: dict[tuple[bytes, str | None], list[int]] = {}
+        remote: Header | None = None
+        forced: str | None = None
+        places: list[int] = []
+        for index, ref in enumerate(refs):
+            if ref.lease is None or self.closed:
+                self.check(ref, name)
+            if ref.inline is not None:
+                by_value.append(index)
+                continue
+            if ref.header is remote and sizes[index] and forced != "shm":
+                places.append(index)  # as the one before
+                continue
+            with naming(ref, name):
+                tensor = self.here(ref)
+            if tensor is None:
+                remote = ref.header
+                forced = transport or remote.transport
+                with naming(ref, name):
+                    self.check_shared(ref, forced)
+                key = (remote.address.runtime_id, forced)
+                places = owners.setdefault(key, [])
+                places.append(index)
+            else:
+                results[index] = tensor
+        self._unpack(refs, by_value, results)
+        return results, owners
+
+    def _unpack(
+        self,
+        refs: Sequence[Pullable],
+        places: list[int],
+        results: list[Any],
+    ) -> None:
+        """The tensors that travelled inside their refs."""
+        tied = unpack_tied([refs[place] for place in places])
+        for number, place in enumerate(places):
+            ref = refs[place]
+            tensor = tied.get(number)
+            results[place] = unpack_inline(ref, ref.inline or b"") if tensor is None else tensor
+            self.came_along(ref)
+
+    def suited(self, ref: Pullable, *, tied: bool = False) -> str | None:
+        """The transport that suits a tensor better than the way to its owner in general.
+
+        Shared memory if it lies there; for one of tiny pieces, or on a device, a link whose
+        owner packs or stages them, unless it is ``tied`` to others and moves as a part of them.
+        """
+        allowed = self.config.transports
+        peer_id = ref.header.address.runtime_id
+        if ref.meta.segment and "shm" in allowed and not self.routes.refused(peer_id, "shm"):
+            return "shm"
+        wanted = bool(ref.meta.device) or (not tied and prefers_packing(ref.meta))
+        return "tcp" if wanted and "tcp" in allowed else None
+
+    @staticmethod
+    def check_shared(ref: Pullable, forced: str | None) -> None:
+        """Refuse a transport through shared memory for a tensor that is not there."""
+        if forced == "shm" and not ref.meta.segment:
+            reason = NOT_SHARED
+            raise UnavailableError(
+                f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
+            )
+
+    def _ways(self, wanted: _Wanted, forced: str | None) -> dict[str | None, list[int]]:
+        """Numbers of refs by the transport that suits them better than the general way."""
+        metas = [ref.meta for ref in wanted.refs]
+        if forced is not None or not any(
+            meta.stride is not None or meta.segment or meta.device for meta in metas
+        ):
+            return {None: list(range(len(metas)))}
+        grouped = {number for group in wanted.ties.groups for number in group.members}
+        ways: dict[str | None, list[int]] = {}
+        for number, ref in enumerate(wanted.refs):
+            ways.setdefault(self.suited(ref, tied=number in grouped), []).append(number)
+        return ways
+
+    async def find(
+        self, header: Header, forced: str | None, suited: str | None
+    ) -> tuple[str, Link]:
+        """The transport to use, and the link to the owner by it."""
+        if forced is None and suited is not None:
+            with suppress(UnavailableError):  # remembered: it is not tried again
+                return await self.routes.find(header.address, header.owner, suited)
+        return await self.routes.find(header.address, header.owner, forced)
+
+    async def reached(self, header: Header, reaching: Awaitable[_T]) -> _T:
+        """The outcome of something that was asked of an owner."""
+        try:
+            return await reaching
+        except OwnerDiedError as exc:
+            raise _died(header.owner, exc) from exc
+        except PeerLostError as exc:
+            if await self._ray_says_gone(header.owner):
+                raise _died(header.owner, exc) from exc
+            raise
+
+    async def _ray_says_gone(self, owner: Owner) -> bool:
+        """Whether an unreachable owner is known to be dead; ``False`` if Ray does not answer."""
+        asked = self._ray_questions.run(lambda: _ray.is_gone(owner))
+        asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+        done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
+        return bool(done) and asked.exception() is None and asked.result()
+
+    async def _pull_batch(self, batch: Batch, name: str, link: Link, *, shared: bool) -> list[Any]:
+        """One batch; the leases are held by the caller's frame until it has ended."""
+        refs, nbytes = batch.refs, sum(batch.sizes)
+        await self._admission.acquire(nbytes)
+        self.counters.started(len(refs))
+        try:
+            phase("pull.admitted")
+            try:
+                await self._read(batch, name, link, shared=shared)
+            except OwnerDiedError as exc:
+                raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
+            except PeerLostError as exc:
+                owner = refs[0].header.owner
+                if await self._ray_says_gone(owner):
+                    raise _died(owner, exc, describe(refs[0])) from exc
+                raise
+            phase("pull.arrived")
+        finally:
+            self.counters.ended(len(refs))
+            self._admission.release(nbytes)
+        self._arrived(refs)
+        if batch.copy_nbytes > _COPY_ON_LOOP_NBYTES:
+            tensors = await finish(self.workers.run(batch.finish))  # OWN-1: the caller's tensors
+        else:
+            tensors = batch.finish()
+        return await batch.hand_over(tensors)
+
+    async def _read(self, batch: Batch, name: str, link: Link, *, shared: bool) -> None:
+        """Read a batch; where the link does not mind, in steps, the next prepared meanwhile.
+
+        ``shared``: with neighbours, if its owner is on another host.
+        """
+        parts = batch.land(self.pool, whole=not link.splits)
+        # A neighbour may read by a link that does not convert.
+        converted = any(part.cut is not None and part.cut.dtype is not None for part in parts)
+        if shared and batch.landed and not converted and self.relay.wants(parts):
+            header = batch.refs[0].header
+            way, _ = await self.routes.find(header.address, header.owner, None)
+            if way not in _SAME_HOST:
+                await self.relay.read(header.address, parts, name, link)  # counts by itself
+                return
+        if batch.landed:
+            if not link.read_nowait(parts):
+                await link.read(parts)
+        else:
+            await self._read_in_steps(batch, parts, link)
+        self.counters.pulled(name, len(batch.refs), batch.nbytes)
+
+    async def _read_in_steps(self, batch: Batch, parts: list[Part], link: Link) -> None:
+        loop = asyncio.get_running_loop()
+        reading: deque[asyncio.Task[None]] = deque()
+        try:
+            while parts:
+                if reading or not link.read_nowait(parts):
+                    reading.append(loop.create_task(link.read(parts)))
+                await asyncio.sleep(0)  # the loop has its turn, and the read starts
+                parts = batch.land(self.pool, whole=False)
+                while reading and (len(reading) == _STEPS_AHEAD or not parts):
+                    oldest = reading[0]
+                    await finish(oldest, oldest.cancel)
+                    reading.popleft()  # type: ignore[unused-awaitable]
+        finally:
+            for task in reading:
+                task.cancel()
+            if reading:  # OWN-1
+                await finish(asyncio.gather(*reading, return_exceptions=True))
+
+    async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
+        if ref.inline is None:
+            await self.registry.wait_ready([ref.header.key])  # DEV-1
+        if into.nbytes > _COPY_ON_LOOP_NBYTES or ref.meta.device:
+            return await finish(self.workers.run(lambda: copy_into(into, tensor)))
+        return copy_into(into, tensor)
+
+    def came_along(self, ref: Pullable) -> None:
+        if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
+            self.counters.pulled("inline", 1, len(ref.inline))
+
+    def _arrived(self, refs: Sequence[Pullable]) -> None:
+        for ref in refs:
+            if not ref.header.noted:
+                ref.header.noted = True
+                self._notes.put(ref.header)
+
+
+def _died(owner: Owner, cause: Exception, what: str = "its tensors") -> OwnerDiedError:
+    return OwnerDiedError(f"{owner} died, and {what} with it ({cause})", owner=str(owner))
