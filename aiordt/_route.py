@@ -267,14 +267,17 @@ class Routes:
             elif available.on_demand and forced is None:
                 reasons[name] = f"usable; {available.reason}"
             else:
-                reasons[name] = "usable" if chosen is None else f"usable; {chosen} is preferred"
+                words = ["usable" if chosen is None else f"usable; {chosen} is preferred"]
                 if name == suited == "tcp":
                     device = ref.meta.device
-                    reasons[name] += (
-                        f"; the owner stages it from {device} in host memory"
+                    words.append(
+                        f"the owner stages it from {device} in host memory"
                         if device
-                        else "; the owner packs this tensor of many small pieces"
+                        else "the owner packs this tensor of many small pieces"
                     )
+                if available.reason:
+                    words.append(available.reason)
+                reasons[name] = "; ".join(words)
                 chosen = chosen or name
         return Explanation(chosen, reasons)
 

@@ -394,6 +394,11 @@ class Transport(AsyncResource):
     def probe(cls) -> Availability:
         """Say whether this transport can run here. Cheap, without side effects."""
 
+    @property
+    def registered(self) -> tuple[int, int]:
+        """How many ranges of memory it has registered with a device, and their bytes."""
+        return 0, 0
+
     @abstractmethod
     async def connect(self, peer: Peer) -> Link:
         """Make a link to ``peer``, and prove that it works; callable from any event loop.

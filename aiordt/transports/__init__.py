@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiordt._config import GROUP, others
 from aiordt._errors import UnavailableError
 from aiordt.abc import Availability, Transport, TransportMessage
+from aiordt.transports._ucx_devices import missing_rdma
 
 if TYPE_CHECKING:
     import socket
@@ -104,7 +105,7 @@ def probe(name: str) -> Availability:
             what = f"{what}: pip install aiordt[{place.extra}]"
             return Availability(usable=False, reason=what)
         if place.heavy:
-            return Availability(usable=True)
+            return Availability(usable=True, reason=missing_rdma())
     try:
         available: object = load(name).probe()
     except UnavailableError as exc:
@@ -223,6 +224,12 @@ class Transports:
         """A peer is gone."""
         for transport in self.made.values():
             transport.forget(peer_id)
+
+    @property
+    def registered(self) -> tuple[int, int]:
+        """Ranges of memory that are registered with devices, and their bytes."""
+        pairs = [transport.registered for transport in list(self.made.values())]
+        return sum(count for count, _ in pairs), sum(nbytes for _, nbytes in pairs)
 
     async def aclose(self) -> None:
         """Close all that were made."""
