@@ -21,9 +21,9 @@ from aiordt._errors import (
     UsageError,
 )
 from aiordt._export import put
+from aiordt._exports import SharedTensorWarning
 from aiordt._get import get
 from aiordt._ref import TensorRef
-from aiordt._registry import SharedTensorWarning
 from aiordt._types import Explanation, Owner, Stats, TransportStats
 from aiordt._wait import as_completed, explain, stats, wait, wait_tensor_freed
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TRANSPORTS: Final = ("shm", "cma", "nixl", "tcp", "ucx")
 #: Names that are taken for what is to come; asking for one says that it is not there yet.
 PLANNED: Final = ("cuda_ipc",)
+#: The entry points under which other packages bring their transports.
+GROUP: Final = "aiordt.transports"
 _ENV_PREFIX: Final = "AIORDT_"
 
 
@@ -84,7 +86,7 @@ class Config:
 @functools.cache
 def others() -> dict[str, EntryPoint]:
     """The transports that other packages bring, by name."""
-    entries = entry_points(group="aiordt.transports")
+    entries = entry_points(group=GROUP)
     return {entry.name: entry for entry in entries if entry.name not in (*TRANSPORTS, *PLANNED)}
 
 

@@ -11,11 +11,11 @@ import torch
 from aiordt import _config, _device, _wire
 from aiordt._arena import arena
 from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError, UsageError
+from aiordt._exports import check_exportable
 from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
 from aiordt._ref import Lease, TensorRef, make_header
-from aiordt._registry import check_exportable
 from aiordt._route import NOT_SHARED
 from aiordt._runtime import current
 from aiordt._sharing import clone, ties_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
-    from aiordt._registry import Export
+    from aiordt._exports import Export
     from aiordt.abc import Event
 
 _CLONE_ON_LOOP_NBYTES: Final = MIB

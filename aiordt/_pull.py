@@ -19,6 +19,7 @@ from aiordt._errors import (
     TensorFreedError,
     UnavailableError,
 )
+from aiordt._exports import warn_if_shared
 from aiordt._landing import (
     Header,
     Name,
@@ -37,7 +38,6 @@ from aiordt._landing import (
 from aiordt._leaves import as_array
 from aiordt._metrics import phase
 from aiordt._progress import finish, run_all
-from aiordt._registry import warn_if_shared
 from aiordt._route import NOT_SHARED
 from aiordt._slices import view_of
 from aiordt._types import MIB
@@ -66,6 +66,8 @@ _RAY_SECONDS: Final = 1.0
 _COURTESY_NBYTES: Final = 4 * MIB
 #: Reads of one batch that are under way at once.
 _STEPS_AHEAD: Final = 2
+#: Transports whose readers are on their owner's host.
+_SAME_HOST: Final = frozenset({"shm", "cma", "cuda_ipc"})
 #: Larger copies are made on a worker thread.
 _COPY_ON_LOOP_NBYTES: Final = MIB
 
@@ -230,7 +232,7 @@ class Puller:
                     dtype if link.packs else None,
                 )
                 with naming(batch.refs[0], name, len(some)):
-                    tensors = await self._pull_batch(batch, transport, link)
+                    tensors = await self._pull_batch(batch, transport, link, shared=forced is None)
                 for number, tensor in zip(some, tensors, strict=True):
                     results[wanted.places[number]] = tensor
 
@@ -361,7 +363,7 @@ class Puller:
         done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
         return bool(done) and asked.exception() is None and asked.result()
 
-    async def _pull_batch(self, batch: Batch, name: str, link: Link) -> list[Any]:
+    async def _pull_batch(self, batch: Batch, name: str, link: Link, *, shared: bool) -> list[Any]:
         """One batch; the leases are held by the caller's frame until it has ended."""
         refs, nbytes = batch.refs, sum(batch.sizes)
         await self._admission.acquire(nbytes)
@@ -369,7 +371,7 @@ class Puller:
         try:
             phase("pull.admitted")
             try:
-                await self._read(batch, name, link)
+                await self._read(batch, name, link, shared=shared)
             except OwnerDiedError as exc:
                 raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
             except PeerLostError as exc:
@@ -388,14 +390,20 @@ class Puller:
             tensors = batch.finish()
         return await batch.hand_over(tensors)
 
-    async def _read(self, batch: Batch, name: str, link: Link) -> None:
-        """Read a batch; where the link does not mind, in steps, the next prepared meanwhile."""
+    async def _read(self, batch: Batch, name: str, link: Link, *, shared: bool) -> None:
+        """Read a batch; where the link does not mind, in steps, the next prepared meanwhile.
+
+        ``shared``: with neighbours, if its owner is on another host.
+        """
         parts = batch.land(self.pool, whole=not link.splits)
         # A neighbour may read by a link that does not convert.
         converted = any(part.cut is not None and part.cut.dtype is not None for part in parts)
-        if not converted and self.relay.wants(name, parts):  # counts by itself
-            await self.relay.read(batch.refs[0].header.address, parts, name, link)
-            return
+        if shared and batch.landed and not converted and self.relay.wants(parts):
+            header = batch.refs[0].header
+            way, _ = await self.routes.find(header.address, header.owner, None)
+            if way not in _SAME_HOST:
+                await self.relay.read(header.address, parts, name, link)  # counts by itself
+                return
         if batch.landed:
             if not link.read_nowait(parts):
                 await link.read(parts)
@@ -423,7 +431,7 @@ class Puller:
                 await finish(asyncio.gather(*reading, return_exceptions=True))
 
     async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
-        if ref.inline is None:
+        if ref.inline is None and ref.header.address.runtime_id == self.address.runtime_id:
             await self.registry.wait_ready([ref.header.key])  # DEV-1
         if into.nbytes > _COPY_ON_LOOP_NBYTES or ref.meta.device:
             return await finish(self.workers.run(lambda: copy_into(into, tensor)))

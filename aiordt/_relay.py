@@ -143,11 +143,9 @@ class Relay:
         """Bytes of copies that are kept for neighbours. Any thread."""
         return sum(copy.nbytes for copy in list(self._copies.values()))
 
-    def wants(self, name: str, parts: Sequence[Part]) -> bool:
-        """Whether a read by that transport may be shared with neighbours. Any thread."""
-        if name in {"shm", "cma"} or not self._limit:
-            return False
-        return sum(part.nbytes for part in parts) >= MIN_NBYTES
+    def wants(self, parts: Sequence[Part]) -> bool:
+        """Whether a read is worth being shared with neighbours. Any thread."""
+        return bool(self._limit) and sum(part.nbytes for part in parts) >= MIN_NBYTES
 
     async def read(
         self, address: PeerAddress, parts: Sequence[Part], name: str, link: Link

@@ -136,6 +136,8 @@ class Routes:
         """
         known = way.links.get(name)
         if known is None:
+            if name in self._preferred:
+                await self._transports.probe(name)
             reason = self.availability(name)
             try:
                 if reason:
@@ -195,7 +197,7 @@ class Routes:
         reasons = []
         lost: PeerLostError | None = None
         for name in self._preferred:
-            if name in _PARTIAL or probe(name).on_demand:
+            if name in _PARTIAL or (await self._transports.probe(name)).on_demand:
                 continue
             try:
                 link = await self._link(way, name)
@@ -259,20 +261,23 @@ class Routes:
                 reasons[name] = "not needed"
                 continue
             obstacle = await self._obstacle(ref, name, forced)
-            available = probe(name)
+            available = await self._transports.probe(name)
             if obstacle:
                 reasons[name] = obstacle
             elif available.on_demand and forced is None:
                 reasons[name] = f"usable; {available.reason}"
             else:
-                reasons[name] = "usable" if chosen is None else f"usable; {chosen} is preferred"
+                words = ["usable" if chosen is None else f"usable; {chosen} is preferred"]
                 if name == suited == "tcp":
                     device = ref.meta.device
-                    reasons[name] += (
-                        f"; the owner stages it from {device} in host memory"
+                    words.append(
+                        f"the owner stages it from {device} in host memory"
                         if device
-                        else "; the owner packs this tensor of many small pieces"
+                        else "the owner packs this tensor of many small pieces"
                     )
+                if available.reason:
+                    words.append(available.reason)
+                reasons[name] = "; ".join(words)
                 chosen = chosen or name
         return Explanation(chosen, reasons)
 

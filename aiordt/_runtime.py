@@ -21,6 +21,7 @@ from aiordt._errors import (
     ClosedError,
     PeerLostError,
 )
+from aiordt._exports import warn_if_shared
 from aiordt._landing import as_seen, dense_stride_of, dtype_of
 from aiordt._layout import span
 from aiordt._memory import Pool
@@ -28,7 +29,7 @@ from aiordt._metrics import Counters
 from aiordt._peer import Network, listen, listen_locally
 from aiordt._progress import Admission, Inbox, IoThread, Workers, post
 from aiordt._pull import STALE_REF, Puller
-from aiordt._registry import Registry, warn_if_shared
+from aiordt._registry import Registry
 from aiordt._relay import Relay
 from aiordt._route import Routes
 from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage

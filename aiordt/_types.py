@@ -112,6 +112,9 @@ class Stats:
         arena_bytes: Bytes of shared memory that this process has.
         arena_used_bytes: ... and of it, what tensors have now.
         mapped_bytes: Bytes of other processes' shared memory that are mapped here.
+        relay_bytes: Bytes of copies of other hosts' tensors that are kept for this host.
+        registrations: Ranges of memory that are registered with network devices.
+        registered_bytes: Bytes of them.
         by_transport: Per transport, the pulls and their bytes.
     """
 
@@ -125,6 +128,9 @@ class Stats:
     arena_bytes: int
     arena_used_bytes: int
     mapped_bytes: int
+    relay_bytes: int
+    registrations: int
+    registered_bytes: int
     by_transport: Mapping[str, TransportStats]
 
 

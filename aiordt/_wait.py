@@ -265,8 +265,9 @@ def stats() -> Stats:
     runtime = current_or_none()
     if runtime is None:
         shared = arena.nbytes, arena.used_nbytes
-        return Stats(0, 0, len(_ref.live), 0, 0, 0, 0, *shared, 0, Tally({}))
+        return Stats(0, 0, len(_ref.live), 0, 0, 0, 0, *shared, 0, 0, 0, 0, Tally({}))
     exports, exported_bytes = runtime.registry.counts()
+    registrations, registered_bytes = runtime.transports.registered
     by_transport = runtime.counters.by_transport()
     return Stats(
         exports=exports,
@@ -279,5 +280,8 @@ def stats() -> Stats:
         arena_bytes=arena.nbytes,
         arena_used_bytes=arena.used_nbytes,
         mapped_bytes=runtime.routes.mapped_nbytes,
+        relay_bytes=runtime.relay.nbytes,
+        registrations=registrations,
+        registered_bytes=registered_bytes,
         by_transport=by_transport,
     )

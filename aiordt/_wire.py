@@ -317,7 +317,7 @@ def unpack_items(data: bytes) -> list[Item]:
     """Decode and check what `pack_items` made.
 
     Raises:
-        ProtocolViolationError: It is not that.
+        AiordtError: It is not that.
     """
     return _checked_items(list(_unpack_list(data, 0, "a list of items")))
 

@@ -10,6 +10,10 @@ Invariants, cited from code and tests:
     BLK-1  No blocking call on an event loop that is not aiordt's own thread's.
     ISO-1  A transfer that fails or is cancelled leaves every other transfer alone.
     DTH-1  When the other process is gone, every pending call raises within 2 s.
+    FAIR-1 A small read is not kept until all larger ones before it have ended.
+    HLD-1  Two-sided: what is sent is held (`Source.open`) until the transport has let go of
+           it; its owner may write over it as soon as it is free.
+    KEY-1  Two-sided: an owner gives out what the key of a part names, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import numpy as np
 from typing_extensions import override
 
 from aiordt._layout import Cut
-from aiordt._wire import TransportMessage
+from aiordt._wire import TransportMessage, pack_items, unpack_items
 
 if TYPE_CHECKING:
     import asyncio
@@ -53,6 +57,8 @@ __all__ = [
     "Source",
     "Transport",
     "TransportMessage",
+    "pack_items",
+    "unpack_items",
 ]
 
 _T = TypeVar("_T")
@@ -240,7 +246,8 @@ class Peer(ABC):
         """Open an authenticated payload stream: a connected, blocking socket.
 
         Args:
-            stream: 16 random bytes, by which a later request names the stream.
+            stream: 16 bytes, by which a later request names the stream: random ones, but for
+                a beginning by which your `Transport.accept` knows them.
         """
 
     @abstractmethod
@@ -347,6 +354,9 @@ class Io(Protocol):
         """Run ``coroutine`` on that loop, and await it from whatever loop is running.
 
         A cancellation is passed on, and raised here only when the coroutine has ended there.
+
+        Raises:
+            ClosedError: The coroutine was cancelled over there, or that loop has ended.
         """
         ...
 
@@ -384,6 +394,11 @@ class Transport(AsyncResource):
     def probe(cls) -> Availability:
         """Say whether this transport can run here. Cheap, without side effects."""
 
+    @property
+    def registered(self) -> tuple[int, int]:
+        """How many ranges of memory it has registered with a device, and their bytes."""
+        return 0, 0
+
     @abstractmethod
     async def connect(self, peer: Peer) -> Link:
         """Make a link to ``peer``, and prove that it works; callable from any event loop.
@@ -408,8 +423,10 @@ class Transport(AsyncResource):
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:  # noqa: ARG002
         """Take over an authenticated payload stream that a peer opened.
 
+        Streams that others take are asked about, too: let the ids of yours begin alike.
+
         Returns:
-            Whether this transport takes it.
+            Whether this transport takes it, and closes it in the end.
         """
         return False
 

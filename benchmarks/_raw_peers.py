@@ -153,6 +153,8 @@ class _UcxxEnd:
             while not request.completed:
                 progress()
                 spins += 1
+                if not spins % 64:
+                    os.sched_yield()
                 if not spins % _SPINS and time.monotonic() > deadline:  # the other end died
                     raise TimeoutError(f"nothing came for {_TIMEOUT} s")
             request.check_error()

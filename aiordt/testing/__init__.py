@@ -1,7 +1,8 @@
 """Tools to test aiordt itself, transports for it, and programs that use it.
 
-* `check_transport` checks every promise of a `aiordt.abc.Link`; a `Pair` is what it is given,
-  and `process_pairs` makes pairs for aiordt's own transports.
+* `check_transport` checks every promise of a `aiordt.abc.Link`, and `check_huge_part` the one
+  about more than 4 GiB; a `Pair` is what they are given, and `process_pairs` makes pairs for
+  aiordt's transports and for yours.
 * `at_phase`, `record_phases`, `cancel_from_anywhere` and `cancel_randomly` strike at exact
   points of a transfer, and at random ones.
 * `FakeDevice` queues the work that makes tensors, and finishes it when the test says so.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from aiordt.testing._conformance import check_transport
 from aiordt.testing._device import FakeDevice
+from aiordt.testing._huge import check_huge_part
 from aiordt.testing._leaks import Leaks, check_leaks
 from aiordt.testing._pair import Exported, MakePair, Pair
 from aiordt.testing._phases import (
@@ -36,6 +38,7 @@ __all__ = [
     "at_phase",
     "cancel_from_anywhere",
     "cancel_randomly",
+    "check_huge_part",
     "check_leaks",
     "check_transport",
     "eventually",

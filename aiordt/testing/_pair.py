@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from aiordt._memory import in_memory_order
+from aiordt._types import DTYPE_CODES
 from aiordt.abc import AsyncResource, Cut, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from aiordt.abc import Link
 
@@ -25,9 +27,12 @@ class Exported:
     Attributes:
         key: Key of the export.
         index: Which tensor of the export.
-        address: Address of its element 0 over there.
-        like: A tensor here with its shape, strides, dtype and content.
+        address: Address of element 0 of ``like`` over there.
+        like: A tensor here with its shape, strides, dtype and content, or a view of that.
         segment: Number of the shared segment that it is in over there; 0: in none.
+        offset: Of element 0 of ``like`` from that of the exported tensor, in bytes; ``None``:
+            ``like`` is the whole tensor.
+        dtype: To which the owner is to convert it first; ``None``: it is not to.
     """
 
     key: bytes
@@ -35,16 +40,20 @@ class Exported:
     address: int
     like: torch.Tensor
     segment: int = 0
+    offset: int | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a read of it moves."""
-        return in_memory_order(self.like).nbytes
+        source = in_memory_order(self.like)
+        return source.numel() * (self.dtype or source.dtype).itemsize
 
     @property
     def content(self) -> torch.Tensor:
         """Those bytes, in the order in which they are read."""
-        return in_memory_order(self.like).contiguous().view(-1).view(torch.uint8)
+        source = in_memory_order(self.like)
+        return source.to(self.dtype or source.dtype).contiguous().view(-1).view(torch.uint8)
 
     def part(self, target: int) -> Part:
         """What to read, as aiordt's runtime would say it.
@@ -53,10 +62,23 @@ class Exported:
             target: Address of `nbytes` writable bytes.
         """
         cut = None
-        if not self.like.is_contiguous():
+        if not (self.like.is_contiguous() and self.offset is None and self.dtype is None):
             source = in_memory_order(self.like)
-            cut = Cut(0, tuple(source.shape), source.stride(), self.like.itemsize)
+            code = None if self.dtype is None else DTYPE_CODES[self.dtype]
+            shape, stride = tuple(source.shape), source.stride()
+            cut = Cut(self.offset or 0, shape, stride, self.like.itemsize, code)
         return Part(self.key, self.index, self.address, target, self.nbytes, cut, self.segment)
+
+    def cut(self, view: torch.Tensor) -> Exported:
+        """A part of it.
+
+        Args:
+            view: A view of ``like``.
+        """
+        offset = view.data_ptr() - self.like.data_ptr() if view.numel() else 0
+        return replace(
+            self, like=view, address=self.address + offset, offset=offset + (self.offset or 0)
+        )
 
     def bogus(self) -> Exported:
         """The same, but not exported: a key that nobody has, at an address that is not mapped."""
@@ -82,6 +104,24 @@ class Pair(AsyncResource):
     async def export(self, tensors: Sequence[torch.Tensor]) -> list[Exported]:
         """Make the other process export copies of ``tensors``, strides included."""
 
+    async def export_sparse(self, nbytes: int, marks: Mapping[int, bytes]) -> Exported:
+        """Make the other process export more bytes than should be sent there.
+
+        Args:
+            nbytes: How many; all are zero, but for
+            marks: what is to be at which offset.
+        """
+        (exported,) = await self.export([sparse(nbytes, marks)])
+        return exported
+
+    @abstractmethod
+    async def overwrite(self, exported: Exported) -> None:
+        """Make the other process give up an export, and write over its tensors.
+
+        It gives up the export and waits until nothing reads the tensors any more, as
+        `aiordt.wait_tensor_freed` does; then it fills them with something else.
+        """
+
     @abstractmethod
     async def kill(self) -> None:
         """End the other process abruptly, as SIGKILL does."""
@@ -93,6 +133,19 @@ class Pair(AsyncResource):
     def resume(self) -> None:
         """Let it go on."""
         raise NotImplementedError
+
+
+def sparse(nbytes: int, marks: Mapping[int, bytes]) -> torch.Tensor:
+    """So many bytes that are zero, but for some marks; only those take memory.
+
+    Args:
+        nbytes: How many.
+        marks: What is at which offset.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for offset, mark in marks.items():
+        memory[offset : offset + len(mark)] = mark
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class MakePair(Protocol):

@@ -10,14 +10,18 @@ import asyncio
 import functools
 import importlib
 import importlib.util
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiordt._config import others
-from aiordt._errors import InvalidTypeError, UnavailableError
+from aiordt._config import GROUP, others
+from aiordt._errors import UnavailableError
 from aiordt.abc import Availability, Transport, TransportMessage
+from aiordt.transports._ucx_devices import missing_rdma
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Generator
 
     from aiordt._progress import Workers
     from aiordt._wire import Message
@@ -49,8 +53,6 @@ _OURS: Final = {
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
     "ucx": _Place("aiordt.transports.ucx", "UcxTransport", ("ucxx",), "ucx", heavy=True),
 }
-#: Those whose import costs nothing; the others are imported on a worker thread.
-_LIGHT: Final = frozenset(name for name, place in _OURS.items() if not place.heavy)
 _SERVING: Final = ("shm", "tcp")
 
 
@@ -59,26 +61,39 @@ def names() -> tuple[str, ...]:
     return (*_OURS, *others())
 
 
-@functools.cache
 def load(name: str) -> type[Transport]:
-    """The class of a transport; importing it may take a second.
+    """The class of a transport; importing it may take a second, the first time.
 
     Raises:
-        UnavailableError: Its module cannot be imported; says why.
+        UnavailableError: It cannot be had; says why.
     """
+    cls = _loaded(name)
+    if isinstance(cls, str):
+        raise UnavailableError(f"{name}: {cls}", reason=cls, transport=name)
+    return cls
+
+
+@functools.cache
+def _loaded(name: str) -> type[Transport] | str:
+    """The class of a transport, or why it cannot be had."""
+    place = _OURS.get(name)
     try:
-        place = _OURS.get(name)
         cls: object = (
             others()[name].load()
             if place is None
             else getattr(importlib.import_module(place.module), place.cls)
         )
-    except Exception as exc:
-        reason = f"importing it failed: {type(exc).__name__}: {exc}"
-        raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name) from exc
+    except Exception as exc:  # noqa: BLE001  (others' code may fail as it likes)
+        return f"importing it failed: {type(exc).__name__}: {exc}"
     if not isinstance(cls, type) or not issubclass(cls, Transport):
-        raise InvalidTypeError(f"transport {name!r}: {cls!r} is no aiordt.abc.Transport")
+        return f"{cls!r} is no aiordt.abc.Transport"
+    if getattr(cls, "name", None) != name:
+        return f"{cls.__qualname__}.name is not {name!r}, as its entry point is called"
     return cls
+
+
+def _load_ahead(name: str) -> None:
+    _loaded(name)
 
 
 def probe(name: str) -> Availability:
@@ -90,11 +105,42 @@ def probe(name: str) -> Availability:
             what = f"{what}: pip install aiordt[{place.extra}]"
             return Availability(usable=False, reason=what)
         if place.heavy:
-            return Availability(usable=True)
+            return Availability(usable=True, reason=missing_rdma())
     try:
-        return load(name).probe()
+        available: object = load(name).probe()
     except UnavailableError as exc:
         return Availability(usable=False, reason=exc.reason)
+    except Exception as exc:  # noqa: BLE001  (others' code may fail as it likes)
+        reason = f"its probe() failed: {type(exc).__name__}: {exc}"
+        return Availability(usable=False, reason=reason)
+    if not isinstance(available, Availability):
+        reason = f"its probe() gave {available!r}, no aiordt.abc.Availability"
+        return Availability(usable=False, reason=reason)
+    return available
+
+
+@contextmanager
+def added(name: str, value: str) -> Generator[None]:
+    """Use a transport as if a package had brought it.
+
+    Args:
+        name: Its name.
+        value: ``module:class``, as in an entry point.
+    """
+    before = dict(others())
+    others()[name] = EntryPoint(name, value, GROUP)
+    _loaded.cache_clear()
+    try:
+        yield
+    finally:
+        others().clear()
+        others().update(before)
+        _loaded.cache_clear()
+
+
+def _is_heavy(name: str) -> bool:
+    place = _OURS.get(name)
+    return place is not None and place.heavy
 
 
 class Transports:
@@ -108,6 +154,9 @@ class Transports:
         self.made: dict[str, Transport] = {
             name: load(name)(context) for name in _SERVING if name in context.config.transports
         }
+        for name in context.config.transports:
+            if name not in _OURS:  # so that nobody's loop waits for the import
+                workers.submit(functools.partial(_load_ahead, name))
 
     async def get(self, name: str) -> Transport:
         """The transport of that name; callable from any loop.
@@ -118,6 +167,12 @@ class Transports:
         made = self.made.get(name)
         return made if made is not None else await self._context.io.run(self._get(name))
 
+    async def probe(self, name: str) -> Availability:
+        """As the function; what others bring is imported on a worker thread first (BLK-1)."""
+        if name not in _OURS:
+            await self._workers.run(lambda: _loaded(name))
+        return probe(name)
+
     async def _get(self, name: str) -> Transport:
         making = self._making.get(name)
         if making is None or (making.done() and (making.cancelled() or making.exception())):
@@ -126,16 +181,22 @@ class Transports:
         return await asyncio.shield(making)
 
     async def _make(self, name: str) -> Transport:
-        available = probe(name)
+        available = await self.probe(name)
         cls = None
         if available.usable:
-            cls = load(name) if name in _LIGHT else await self._workers.run(lambda: load(name))
+            cls = await self._workers.run(lambda: load(name)) if _is_heavy(name) else load(name)
             available = cls.probe()
         if cls is None or not available.usable:
             raise UnavailableError(
                 f"{name}: {available.reason}", reason=available.reason, transport=name
             )
-        made = self.made[name] = cls(self._context)
+        try:
+            made = self.made[name] = cls(self._context)
+        except UnavailableError:
+            raise
+        except Exception as exc:
+            reason = f"making it failed: {type(exc).__name__}: {exc}"
+            raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name) from exc
         return made
 
     async def serve(self, message: Message, peer_id: bytes) -> Message | None:
@@ -155,12 +216,20 @@ class Transports:
 
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
         """Hand a payload stream that a peer opened to the transport it is for."""
-        return any(made.accept(stream, peer_id, sock) for made in self.made.values())
+        # Those in _SERVING take any stream, so they are asked last.
+        others_first = sorted(self.made.items(), key=lambda item: item[0] in _SERVING)
+        return any(made.accept(stream, peer_id, sock) for _, made in others_first)
 
     def forget(self, peer_id: bytes) -> None:
         """A peer is gone."""
         for transport in self.made.values():
             transport.forget(peer_id)
+
+    @property
+    def registered(self) -> tuple[int, int]:
+        """Ranges of memory that are registered with devices, and their bytes."""
+        pairs = [transport.registered for transport in list(self.made.values())]
+        return sum(count for count, _ in pairs), sum(nbytes for _, nbytes in pairs)
 
     async def aclose(self) -> None:
         """Close all that were made."""

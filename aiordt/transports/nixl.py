@@ -273,8 +273,8 @@ class NixlTransport(Transport):
         return Availability(usable=True, on_demand=True, reason=reason)
 
     @property
+    @override
     def registered(self) -> tuple[int, int]:
-        """How many ranges of memory are registered, and bytes in them."""
         return self._engine.memory.count, self._engine.memory.nbytes
 
     async def _started(self) -> None:

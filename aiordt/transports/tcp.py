@@ -111,7 +111,8 @@ class TcpLink(Link):
     @override
     async def read(self, parts: Sequence[Part]) -> None:
         self._check_open()
-        await self._io.run(self._read(parts))
+        if parts:
+            await self._io.run(self._read(parts))
 
     async def _read(self, parts: Sequence[Part]) -> None:
         task = asyncio.current_task()

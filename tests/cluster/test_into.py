@@ -201,3 +201,10 @@ async def test_dtype_must_be_one_that_floats_convert_to(nodes: Any) -> None:
         await aiordt.get(ref, dtype=torch.float16, into=torch.zeros(ROWS, 256))
     complexes = await nodes[0].make.remote(lambda _: torch.complex(_grid(_), _grid(_)))
     assert (await aiordt.get(complexes, dtype=torch.complex128)).dtype is torch.complex128
+
+
+async def test_a_tensor_without_elements_of_another_process(nodes: Any) -> None:
+    """Where it does not travel by value, there is still nothing to ask its owner for."""
+    ref = await nodes[0].make_tcp.remote(lambda _: torch.zeros(0, 3))
+    target = torch.ones(0, 3)
+    assert await aiordt.get(ref, into=target) is target

@@ -39,6 +39,8 @@ async def pull(_: Any, tree: Any) -> Any:
     got = await aiordt.get(tree, transport="nixl")
     again = await aiordt.get(tree, transport="nixl", into=got)
     after = aiordt.stats().by_transport["nixl"]
+    assert aiordt.stats().registrations > 0
+    assert aiordt.stats().registered_bytes >= 20 * MIB, "the targets"
     return again, after.pulls - (before.pulls if before else 0)
 
 

@@ -166,7 +166,7 @@ async def test_a_pull_that_names_bad_streams_spoils_no_good_one(ends: Ends) -> N
         with pytest.raises(ProtocolViolationError):
             await ask(*names)
     await ask(name)
-    data = await ends.reader._workers.run(lambda: sock.recv(nbytes, socket.MSG_WAITALL))
+    data = await ends.reader.workers.run(lambda: sock.recv(nbytes, socket.MSG_WAITALL))
     sock.close()
     assert data == bytes(ends.tensor[:nbytes].numpy())
 

@@ -18,9 +18,10 @@ import torch
 from aiordt import _device
 from aiordt._device import DONE, Completion, DeviceWarning
 from aiordt._errors import InvalidValueError, TensorFreedError, TransferError
+from aiordt._exports import check_exportable
 from aiordt._layout import Cut
 from aiordt._progress import Workers
-from aiordt._registry import Registry, check_exportable
+from aiordt._registry import Registry
 from aiordt.abc import Part
 from aiordt.testing import FakeDevice, eventually
 from aiordt.testing._process import _Half
@@ -28,7 +29,7 @@ from aiordt.testing._process import _Half
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from aiordt._registry import Export
+    from aiordt._exports import Export
 
 CPU = torch.device("cpu")
 

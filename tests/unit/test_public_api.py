@@ -75,7 +75,7 @@ def test_every_invariant_is_cited_by_a_test() -> None:
         for name in INVARIANT.findall(path.read_text(encoding="utf-8"))
     }
     assert named >= {"CNT-1", "REG-2", "WIRE-3", "OWN-1", "LSE-3", "CMA-2"}
-    sources = [*TESTS.rglob("test_*.py"), ROOT / "testing" / "_conformance.py"]
+    sources = [*TESTS.rglob("test_*.py"), *(ROOT / "testing").glob("_checks_*.py")]
     cited = {
         name
         for path in sources

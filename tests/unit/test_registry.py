@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from aiordt._errors import InvalidValueError, TensorFreedError, UsageError
+from aiordt._exports import Export, check_exportable
 from aiordt._layout import Cut
 from aiordt._memory import storage_range
 from aiordt._progress import Workers
-from aiordt._registry import Export, Registry, check_exportable
+from aiordt._registry import Registry
 from aiordt._types import MIB
 from aiordt.testing import eventually, wait_until
 
