@@ -58,7 +58,7 @@ class Settings:
             raise ValueError("sizes must be positive")
         chosen = sizes or (_QUICK_SIZES if quick else _SIZES)
         peers = (NUMPY, STORE_COPY) if quick else (NUMPY, STORE_COPY, TORCH)
-        return cls(sizes=chosen, peers=peers, rounds=1 if quick else 4, looks=10 if quick else 25)
+        return cls(sizes=chosen, peers=peers, rounds=1 if quick else 2, looks=10 if quick else 25)
 
 
 @ray.remote
