@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .constraints.txt
 TORCH_INDEX ?=
+CMD ?= p2p
 
 .PHONY: demo test unit lint types layers docs check coverage bench soak clean
 
@@ -57,7 +58,7 @@ docs: $(VENV)/.dev
 check: lint types layers docs
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks p2p $(ARGS)
+	$(BIN)/python -m benchmarks $(CMD) $(ARGS)
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)

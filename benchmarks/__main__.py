@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path  # noqa: TC003  (typer reads the annotations)
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,6 +43,57 @@ def p2p(
             only=_listed(only),
             parts=_listed(parts),
         )
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
+_Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds.")]
+_Json = Annotated[Path | None, typer.Option(help="Write all figures here.")]
+_Plot = Annotated[Path | None, typer.Option(help="Draw the medians here (PNG).")]
+_Hidden = Annotated[str | None, typer.Option(hidden=True)]
+
+
+@app.command()
+def view(
+    *, quick: _Quick = False, json: _Json = None, plot: _Plot = None, sizes: _Hidden = None
+) -> None:
+    """A view of another process's tensor, beside copies and Ray's object store."""
+    from benchmarks import view as command  # noqa: PLC0415
+
+    chosen = None if sizes is None else tuple(int(size) for size in _listed(sizes) or ())
+    command.run(command.Settings.choose(quick=quick, sizes=chosen), json_path=json, plot_path=plot)
+
+
+@app.command()
+def slices(
+    *, quick: _Quick = False, json: _Json = None, plot: _Plot = None, side: _Hidden = None
+) -> None:
+    """Parts of a tensor: bytes moved and time, beside pulling all of it."""
+    from benchmarks import slices as command  # noqa: PLC0415
+
+    command.run(
+        command.Settings.choose(quick=quick, side=None if side is None else int(side)),
+        json_path=json,
+        plot_path=plot,
+    )
+
+
+@app.command()
+def statedict(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: _Plot = None,
+    counts: _Hidden = None,
+    only: _Hidden = None,
+) -> None:
+    """A dict of a thousand tensors: export, refs through Ray, pull, beside memcpy and peers."""
+    from benchmarks import statedict as command  # noqa: PLC0415
+
+    chosen = None if counts is None else tuple(int(count) for count in _listed(counts) or ())
+    try:
+        settings = command.Settings.choose(quick=quick, counts=chosen, only=_listed(only))
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)

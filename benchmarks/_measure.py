@@ -195,7 +195,17 @@ def version_of(distribution: str) -> str | None:
 
 def machine_facts() -> dict[str, Any]:
     """Where the figures come from."""
-    names = ("aiordt", "ray", "torch", "nixl-cu13", "nixl-cu12", "uvloop", "numpy")
+    names = (
+        "aiordt",
+        "ray",
+        "torch",
+        "nixl-cu13",
+        "nixl-cu12",
+        "ucxx-cu13",
+        "libucx-cu13",
+        "uvloop",
+        "numpy",
+    )
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),

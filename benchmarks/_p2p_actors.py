@@ -33,16 +33,27 @@ _FIRST_CALLS: Final = 20
 
 
 class _Source:
-    """What the producers share: a tensor that exists before anybody asks for it."""
+    """What the producers share: a tensor, or a dict of some, there before anybody asks."""
 
     def __init__(self) -> None:
         quiet()
-        self.tensor = torch.empty(0)
+        self.tensor: Any = torch.empty(0)
 
     def prepare(self, nbytes: int, pages: str) -> float:
         self.tensor = torch.empty(0)  # give the old one back first
         self.tensor = make_tensor(nbytes, pages)
         return huge_share(self.tensor)
+
+    def make_dict(self, count: int, nbytes: int) -> None:
+        self.tensor = torch.empty(0)
+        self.tensor = state_dict(count, nbytes)
+
+
+def state_dict(count: int, nbytes: int, *, shared: bool = False) -> dict[str, torch.Tensor]:
+    """Tensors of ``nbytes`` bytes, each with memory and contents of its own."""
+    make = aiordt.empty if shared else torch.empty
+    tensors = (make(nbytes // 4, dtype=torch.int32) for _ in range(count))
+    return {f"layers.{i}.weight": tensor.fill_(i) for i, tensor in enumerate(tensors)}
 
 
 @ray.remote
@@ -54,7 +65,7 @@ class _AiordtProducer(aiordt.AsyncActor, _Source):
         return self.prepare(nbytes, pages)
 
     @aiordt.method
-    async def give(self) -> torch.Tensor:
+    async def give(self) -> object:
         return self.tensor
 
 
@@ -66,8 +77,8 @@ class _AiordtConsumer(aiordt.AsyncActor):
     async def pid(self) -> int:
         return os.getpid()
 
-    async def take(self, ref: aiordt.TensorRef) -> None:
-        await ref
+    async def take(self, refs: object) -> None:
+        await aiordt.get(refs)
 
 
 @ray.remote
@@ -78,7 +89,7 @@ class _StoreProducer(_Source):
     async def make(self, nbytes: int, pages: str) -> float:
         return self.prepare(nbytes, pages)
 
-    async def give(self) -> torch.Tensor:
+    async def give(self) -> object:
         return self.tensor
 
 
@@ -90,7 +101,7 @@ class _StoreConsumer:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def take(self, tensor: torch.Tensor) -> None:
+    async def take(self, tensor: object) -> None:
         del tensor
 
 
@@ -104,7 +115,7 @@ def _rdt_producer(transport: str) -> Any:  # noqa: ANN401  (Ray's actor classes 
             return self.prepare(nbytes, pages)
 
         @ray.method(tensor_transport=transport)
-        def give(self) -> torch.Tensor:
+        def give(self) -> object:
             return self.tensor
 
     return _RdtProducer
@@ -118,11 +129,11 @@ class _RdtConsumer:
     def pid(self) -> int:
         return os.getpid()
 
-    def take(self, tensor: torch.Tensor) -> None:
+    def take(self, tensor: object) -> None:
         del tensor
 
 
-class _Pair:
+class Pair:
     """A peer's producer and consumer, alive."""
 
     def __init__(self, peer: str) -> None:
@@ -242,7 +253,7 @@ def _turn(
     *,
     quick: bool,
 ) -> None:
-    pair = _Pair(peer)
+    pair = Pair(peer)
     try:
         get(pair.producer.make.remote(8, pages_for(8)[0]))
         for _ in range(_FIRST_CALLS):

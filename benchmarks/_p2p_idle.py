@@ -13,7 +13,7 @@ import aiordt
 from benchmarks._cluster import end, get, reason, start
 from benchmarks._measure import KIB, cpu_seconds
 from benchmarks._pages import quiet
-from benchmarks._results import AIORDT, Idle
+from benchmarks._results import AIORDT, AIORDT_USED, NIXL_PULL, UCX, Idle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -66,6 +66,9 @@ class _AiordtWaiter(aiordt.AsyncActor, _Waiting):
         self.tensors = [torch.zeros(64 * KIB, dtype=torch.uint8) for _ in range(_COUNT)]
         return list(self.tensors)
 
+    async def use(self, refs: list[Any]) -> dict[str, str]:
+        return await _use(refs)
+
     async def wait_freed(self) -> None:
         for tensor in self.tensors:
             self.spawn(aiordt.wait_tensor_freed(tensor))
@@ -73,6 +76,17 @@ class _AiordtWaiter(aiordt.AsyncActor, _Waiting):
     async def wait_for(self, refs: list[Any]) -> None:
         for ref in refs:
             self.spawn(aiordt.get(ref))
+
+
+async def _use(refs: list[Any]) -> dict[str, str]:
+    """Pull by nixl and ucx; why that is not to be had."""
+    why = {}
+    for label, transport in ((NIXL_PULL, "nixl"), (UCX, "ucx")):
+        try:
+            await aiordt.get(refs, transport=transport)
+        except aiordt.AiordtError as exc:
+            why[f"idle, {label}"] = reason(exc)
+    return why
 
 
 async def _plain_wait(ref: Any) -> Any:  # noqa: ANN401
@@ -96,7 +110,7 @@ async def _observe(
 
 def measure(results: Results, *, window: float, say: Callable[[str], None]) -> None:
     """Measure plain Ray first: aiordt's runtime, once started, stays in the driver."""
-    for name in (PLAIN, AIORDT):
+    for name in (PLAIN, AIORDT, AIORDT_USED):
         say(f"idle CPU: {name}")
         waiter: Any = _PlainWaiter if name == PLAIN else _AiordtWaiter
         producer, consumer = start(waiter), start(waiter)
@@ -107,7 +121,14 @@ def measure(results: Results, *, window: float, say: Callable[[str], None]) -> N
                 get(producer.wait_for_events.remote())
                 awaits = ("await ObjectRef", "Event.wait", "await ObjectRef")
             else:
-                get(consumer.hold.remote(producer.give.remote()))
+                exported = producer.give.remote()
+                get(consumer.hold.remote(exported))
+                if name == AIORDT_USED:
+                    refs_here = get(exported)[:1]
+                    used_here = asyncio.run(_use(refs_here))
+                    for part in (used_here, get(consumer.use.remote(refs_here))):
+                        results.unavailable.update(part)
+                    del refs_here
                 get(producer.wait_freed.remote())
                 awaits = ("get(ObjectRef)", "wait_tensor_freed", "get(ObjectRef)")
             get(consumer.wait_for.remote(refs))

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 import torch
+from typing_extensions import override
 
 from benchmarks._measure import KIB, MIB
 
@@ -30,6 +31,8 @@ _IOVEC: Final = struct.Struct("QQ")
 #: The kinds of memory that a producer's tensor may be in.
 ORDINARY: Final = "4 KiB pages"
 HUGE: Final = "huge pages"
+#: aiordt's arena, on the pages that this kernel gives to shared memory.
+SHARED: Final = "shared memory"
 
 
 def quiet() -> None:
@@ -59,6 +62,19 @@ def make_tensor(nbytes: int, pages: str) -> torch.Tensor:
     return tensor.fill_(1)
 
 
+def fill(tensor: torch.Tensor) -> torch.Tensor:
+    """Give each place of a uint8 tensor something of its own; returns ``tensor``."""
+    whole = tensor.nbytes // 8
+    tensor[: whole * 8].view(torch.int64).copy_(torch.arange(1, whole + 1))
+    tensor[whole * 8 :] = 7
+    return tensor
+
+
+def is_filled(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has what `fill` wrote."""
+    return torch.equal(tensor, fill(torch.empty(tensor.nbytes, dtype=torch.uint8)))
+
+
 def receive_tensor(nbytes: int) -> torch.Tensor:
     """Warm memory of the kind that aiordt's pool lends at this size."""
     return make_tensor(nbytes, HUGE if nbytes >= _HUGE_PAGE else ORDINARY)
@@ -76,7 +92,7 @@ def huge_share(tensor: torch.Tensor) -> float:
             inside = int(low, 16) < address + tensor.nbytes and address < int(high, 16)
         elif inside and head == "Rss:":
             resident += int(rest.split()[0]) * KIB
-        elif inside and head == "AnonHugePages:":
+        elif inside and head in {"AnonHugePages:", "ShmemPmdMapped:"}:
             huge += int(rest.split()[0]) * KIB
     return huge / resident if resident else 0.0
 
@@ -142,3 +158,15 @@ class RawReader:
         """End the other thread."""
         self._jobs.put(None)
         self._thread.join()
+
+
+class Copier(RawReader):
+    """``memcpy`` by the calling thread, alone or with one other."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    @override
+    def read(self, address: int, target: int, nbytes: int) -> None:
+        """Copy at once."""
+        ctypes.memmove(target, address, nbytes)

@@ -10,20 +10,29 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks._measure import format_nbytes, format_seconds
-from benchmarks._pages import HUGE, ORDINARY
+from benchmarks._pages import HUGE, ORDINARY, SHARED
 from benchmarks._results import (
     AIORDT,
     CMA,
     GLOO,
     INLINE,
     LABELS,
+    MAPPED_ONE,
+    MAPPED_TWO,
     MEMCPY,
     NIXL,
+    NIXL_PULL,
+    RAW_NIXL,
+    RAW_OF,
     RAW_ONE,
     RAW_TWO,
+    RAW_UCXX,
+    SHM,
     STORE,
     STORE_VIEW,
     TCP,
+    UCX,
+    WAYS,
     find,
     goals,
     raw_best,
@@ -51,6 +60,13 @@ _COLOURS: Final = {
     RAW_ONE: "#999999",
     RAW_TWO: "#000000",
     MEMCPY: "#E69F00",
+    SHM: "#D55E00",
+    MAPPED_ONE: "#E69F00",
+    MAPPED_TWO: "#F0E442",
+    NIXL_PULL: "#CC79A7",
+    RAW_NIXL: "#AA4499",
+    UCX: "#009E73",
+    RAW_UCXX: "#117733",
 }
 
 
@@ -81,7 +97,7 @@ def show(results: Results, console: Console) -> None:
         met = "[dim]?[/dim]" if goal.met is None else "yes" if goal.met else "[bold red]NO[/]"
         table.add_row(goal.figure, goal.goal, goal.measured, met)
     console.print(table)
-    console.print(escape(_machine_line(results.machine)), highlight=False, style="dim")
+    console.print(escape(machine_line(results.machine)), highlight=False, style="dim")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -98,7 +114,7 @@ def _numbers(table: Table, *columns: str) -> Table:
 
 
 def _pages(row: Latency) -> str:
-    return row.pages if row.nbytes >= 2 << 20 else ""
+    return row.pages if row.nbytes >= 2 << 20 or row.pages == SHARED else ""
 
 
 def _band(row: Latency) -> tuple[str, str, str, str]:
@@ -143,7 +159,8 @@ def _pulls_table(results: Results) -> Table:
             table.add_section()
         first = key != previous
         previous = key
-        raw = raw_best(results.pulls, row.nbytes, row.pages)
+        ours = row.name in RAW_OF
+        raw = raw_best(results.pulls, row.nbytes, row.pages, row.name) if ours else None
         share = "" if raw is None else f"{raw.spread.p50 / row.spread.p50:.0%}"
         rate = row.nbytes / row.spread.p50 / 1e9
         table.add_row(
@@ -152,7 +169,7 @@ def _pulls_table(results: Results) -> Table:
             row.name,
             *_band(row),
             f"{rate:.1f}" if row.nbytes >= 1 << 16 else "",
-            share if row.name in {CMA, TCP, INLINE} else "",
+            share,
         )
     return table
 
@@ -197,7 +214,8 @@ def _idles_table(results: Results) -> Table:
     return table
 
 
-def _machine_line(machine: dict[str, Any]) -> str:
+def machine_line(machine: dict[str, Any]) -> str:
+    """Where the figures come from, in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     load = " ".join(f"{value:.1f}" for value in machine["load_average"])
     return (
@@ -226,7 +244,7 @@ def plot(results: Results, path: Path) -> None:
         left, right = figure.subplots(1, 2)
         names = [name for name in LABELS if name != AIORDT] + [AIORDT]
         _panel(left, results.actors, names, "From actor to actor, through the driver")
-        ways = [MEMCPY, RAW_ONE, RAW_TWO, TCP, INLINE, CMA]
+        ways = list(WAYS[::-1])
         _panel(right, results.pulls, ways, "Await of a held ref, beside raw reads of its pages")
         figure.supxlabel(
             "Median and 10th to 90th percentile. Solid: producer's tensor on 4 KiB pages; "
@@ -247,11 +265,11 @@ def _panel(axes: Axes, rows: Sequence[Latency], names: Sequence[str], title: str
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for name in names:
-        for pages, line in ((ORDINARY, "-"), (HUGE, "--")):
+        for pages, line in ((ORDINARY, "-"), (SHARED, "-"), (HUGE, "--")):
             series = [row for row in rows if (row.name, row.pages) == (name, pages)]
-            if pages == HUGE and len(series) == 0:
-                continue
-            _line(axes, name, series, line, label=LABELS.get(name, name) if line == "-" else None)
+            if series:
+                label = LABELS.get(name, name) if line == "-" else None
+                _line(axes, name, series, line, label=label)
     sizes = sorted({row.nbytes for row in rows})
     axes.set_xticks(sizes, [format_nbytes(nbytes) for nbytes in sizes], rotation=25)
     axes.minorticks_off()
@@ -270,8 +288,6 @@ def _tick(value: float, _position: object) -> str:
 
 
 def _line(axes: Axes, name: str, rows: Sequence[Latency], line: str, *, label: str | None) -> None:
-    if not rows:
-        return
     sizes = [row.nbytes for row in rows]
     ours = name in {AIORDT, CMA}
     axes.plot(

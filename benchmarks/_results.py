@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks._measure import GIB, KIB, MIB, Spread, format_nbytes, format_seconds
-from benchmarks._pages import HUGE, ORDINARY
+from benchmarks._pages import HUGE, ORDINARY, SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+_BOTH: Final = (ORDINARY, HUGE)
 
 AIORDT: Final = "aiordt"
 STORE: Final = "store"
@@ -20,6 +21,8 @@ STORE_VIEW: Final = "store-view"
 GLOO: Final = "gloo"
 NIXL: Final = "nixl"
 PEERS: Final = (AIORDT, STORE, STORE_VIEW, GLOO, NIXL)
+#: aiordt in processes that have pulled by nixl and ucx before.
+AIORDT_USED: Final = "aiordt, nixl and ucx used"
 LABELS: Final = {
     AIORDT: "aiordt",
     STORE: "object store",
@@ -29,12 +32,43 @@ LABELS: Final = {
 }
 
 CMA: Final = "aiordt cma"
+SHM: Final = "aiordt shm"
+NIXL_PULL: Final = "aiordt nixl"
+UCX: Final = "aiordt ucx"
 TCP: Final = "aiordt tcp"
 INLINE: Final = "aiordt inline"
 RAW_ONE: Final = "raw, 1 reader"
 RAW_TWO: Final = "raw, 2 readers"
+RAW_NIXL: Final = "raw NIXL"
+RAW_UCXX: Final = "raw ucxx"
+MAPPED_ONE: Final = "memcpy, 1 thread"
+MAPPED_TWO: Final = "memcpy, 2 threads"
 MEMCPY: Final = "memcpy (local)"
-WAYS: Final = (INLINE, CMA, TCP, RAW_ONE, RAW_TWO, MEMCPY)
+#: What each of aiordt's ways is held against: the fastest of these.
+RAW_OF: Final = {
+    INLINE: (RAW_ONE, RAW_TWO),
+    SHM: (MAPPED_ONE, MAPPED_TWO),
+    CMA: (RAW_ONE, RAW_TWO),
+    NIXL_PULL: (RAW_NIXL,),
+    UCX: (RAW_UCXX,),
+    TCP: (RAW_ONE, RAW_TWO),
+}
+_AGAINST: Final = {
+    SHM: "memcpy's",
+    CMA: "the raw reads'",
+    NIXL_PULL: "raw NIXL's",
+    UCX: "raw ucxx's",
+}
+WAYS: Final = (
+    *RAW_OF,
+    RAW_ONE,
+    RAW_TWO,
+    RAW_NIXL,
+    RAW_UCXX,
+    MAPPED_ONE,
+    MAPPED_TWO,
+    MEMCPY,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +179,10 @@ def find(rows: Iterable[Latency], name: str, nbytes: int, pages: str) -> Latency
     return None
 
 
-def raw_best(rows: Iterable[Latency], nbytes: int, pages: str) -> Latency | None:
-    """The faster of the raw reads: what aiordt is held against."""
+def raw_best(rows: Iterable[Latency], nbytes: int, pages: str, name: str = CMA) -> Latency | None:
+    """The fastest of what aiordt's way ``name`` is held against."""
     rows = list(rows)
-    found = [find(rows, name, nbytes, pages) for name in (RAW_ONE, RAW_TWO)]
+    found = [find(rows, raw, nbytes, pages) for raw in RAW_OF[name]]
     return min(
         (row for row in found if row is not None), key=lambda row: row.spread.p50, default=None
     )
@@ -227,15 +261,19 @@ def _pull_goals(results: Results) -> list[Goal]:
     else:
         p50 = ours.spread.p50
         rows.append(Goal(figure=figure, goal=goal, measured=format_seconds(p50), met=p50 <= 50e-6))
-    shares = [(MIB, ORDINARY, 80)]
-    shares += [(256 * MIB, pages, share) for pages in (ORDINARY, HUGE) for share in (80, 90)]
-    for nbytes, pages, share in shares:
-        figure = f"pull of a held ref, {format_nbytes(nbytes)}, {pages}"
-        goal = f"≥ {share} % of the raw reads' speed"
-        ours = find(results.pulls, CMA, nbytes, pages)
-        raw = raw_best(results.pulls, nbytes, pages)
+    shares = [(CMA, MIB, ORDINARY, 80)]
+    shares += [(CMA, 256 * MIB, pages, share) for pages in (ORDINARY, HUGE) for share in (80, 90)]
+    shares += [(SHM, 256 * MIB, SHARED, 90)]
+    shares += [(way, 256 * MIB, pages, 90) for way in (NIXL_PULL, UCX) for pages in _BOTH]
+    for way, nbytes, pages, share in shares:
+        ours = find(results.pulls, way, nbytes, pages)
+        raw = raw_best(results.pulls, nbytes, pages, way)
+        by = "" if way == CMA else f" by {way.removeprefix('aiordt ')}"
+        figure = f"pull of a held ref{by}, {format_nbytes(nbytes)}, {pages}"
+        goal = f"≥ {share} % of {_AGAINST[way]} speed"
         if ours is None or raw is None:
-            rows.append(_unmeasured(figure, goal, results.unavailable.get(CMA)))
+            why = [results.unavailable.get(name) for name in (way, *RAW_OF[way])]
+            rows.append(_unmeasured(figure, goal, next(filter(None, why), None)))
             continue
         ratio = raw.spread.p50 / ours.spread.p50
         measured = f"{ratio:.0%} ({_pair(ours, raw)}, {raw.name})"
@@ -262,10 +300,10 @@ def _lag_goals(results: Results) -> list[Goal]:
 
 def _idle_goals(results: Results) -> list[Goal]:
     figure, goal = "idle CPU, 1,000 awaits pending", "< 1 % of a core"
-    ours = [idle for idle in results.idles if idle.name == AIORDT]
+    ours = [idle for idle in results.idles if idle.name in {AIORDT, AIORDT_USED}]
     if not ours:
         return [_unmeasured(figure, goal, results.unavailable.get("idle"))]
-    plain = {idle.process: idle for idle in results.idles if idle.name != AIORDT}
+    plain = {idle.process: idle for idle in results.idles if idle not in ours}
     rows = []
     for idle in ours:
         measured = f"{idle.cores:.2%}"
@@ -273,7 +311,7 @@ def _idle_goals(results: Results) -> list[Goal]:
             measured += f" (plain Ray: {plain[idle.process].cores:.2%})"
         rows.append(
             Goal(
-                figure=f"{figure}, {idle.process}",
+                figure=f"{figure}{idle.name.removeprefix(AIORDT)}, {idle.process}",
                 goal=goal,
                 measured=measured,
                 met=idle.cores < 0.01,

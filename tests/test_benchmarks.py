@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,17 +26,35 @@ from benchmarks._measure import (
     machine_facts,
     percentile,
 )
-from benchmarks._pages import HUGE, ORDINARY, RawReader, huge_share, make_tensor, pages_for
+from benchmarks._pages import (
+    HUGE,
+    ORDINARY,
+    SHARED,
+    Copier,
+    RawReader,
+    fill,
+    huge_share,
+    is_filled,
+    make_tensor,
+    pages_for,
+)
 from benchmarks._report import plot, show
 from benchmarks._results import (
     AIORDT,
     CMA,
     GLOO,
+    MAPPED_ONE,
+    MAPPED_TWO,
     NIXL,
+    NIXL_PULL,
     PEERS,
+    RAW_NIXL,
     RAW_ONE,
     RAW_TWO,
+    RAW_UCXX,
+    SHM,
     STORE,
+    UCX,
     Goal,
     Idle,
     Lag,
@@ -164,6 +180,20 @@ def test_raw_reads_get_the_bytes() -> None:
         reader.close()
 
 
+def test_copies_get_the_bytes() -> None:
+    nbytes = 3 * MIB + 5
+    source = fill(torch.empty(nbytes, dtype=torch.uint8))
+    copier = Copier()
+    try:
+        for read in (copier.read, copier.read_by_two):
+            target = torch.zeros(nbytes, dtype=torch.uint8)
+            assert not is_filled(target)
+            read(source.data_ptr(), target.data_ptr(), nbytes)
+            assert is_filled(target)
+    finally:
+        copier.close()
+
+
 def test_pages() -> None:
     assert pages_for(MIB) == (ORDINARY,)
     assert pages_for(16 * MIB) == (ORDINARY, HUGE)
@@ -217,6 +247,25 @@ def test_pulls_are_held_against_the_faster_raw_read() -> None:
     figure = f"pull of a held ref, 256 MiB, {ORDINARY}"
     assert found[figure, "≥ 80 % of the raw reads' speed"].met is True
     assert found[figure, "≥ 90 % of the raw reads' speed"].met is False
+
+
+def test_each_transport_is_held_against_its_own_raw_layer() -> None:
+    rows = [
+        row(SHM, 256 * MIB, 1.0, SHARED),
+        row(MAPPED_ONE, 256 * MIB, 2.0, SHARED),
+        row(MAPPED_TWO, 256 * MIB, 0.89, SHARED),
+        row(NIXL_PULL, 256 * MIB, 1.0, HUGE),
+        row(RAW_NIXL, 256 * MIB, 0.91, HUGE),
+        row(UCX, 256 * MIB, 1.0),
+    ]
+    found = results(pulls=rows)
+    found.unavailable[RAW_UCXX] = "ucxx is not installed"
+    goals_of = by_goal(found)
+    figure = "pull of a held ref by {}, 256 MiB, {}"
+    assert goals_of[figure.format("shm", SHARED), "≥ 90 % of memcpy's speed"].met is False
+    assert goals_of[figure.format("nixl", HUGE), "≥ 90 % of raw NIXL's speed"].met is True
+    lost = goals_of[figure.format("ucx", ORDINARY), "≥ 90 % of raw ucxx's speed"]
+    assert (lost.met, lost.measured) == (None, "ucxx is not installed")
 
 
 def test_lag_and_idle_goals() -> None:
@@ -298,26 +347,3 @@ def test_settings() -> None:
         Settings.choose(quick=True, parts=("everything",))
     with pytest.raises(ValueError, match="positive"):
         Settings.choose(quick=True, sizes=(0,))
-
-
-def test_a_tiny_run(tmp_path: Path) -> None:
-    target = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks", "p2p", "--quick", "--sizes", "1024"]
-    command += ["--only", "aiordt,store", "--parts", "actors,pull", "--json", str(target)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(  # noqa: S603  (our own command)
-        command,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=80,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Goals of the design" in done.stdout
-    figures = json.loads(target.read_text(encoding="utf-8"))
-    assert figures["unavailable"] == {}
-    assert {entry["name"] for entry in figures["actors"]} == {AIORDT, STORE}
-    assert {CMA, RAW_ONE} <= {entry["name"] for entry in figures["pulls"]}
-    assert all(entry["spread"]["p50"] > 0 for entry in figures["actors"] + figures["pulls"])
