@@ -144,7 +144,15 @@ class Remote:
         self.name = name
         where = Range(address, len(token), "cpu", number)
         try:
-            await self._load([connection, *blobs])
+            try:
+                await self._load([connection, *blobs])
+            except AiordtError:
+                raise
+            except Exception as exc:
+                raise unavailable(
+                    "NIXL finds no way to the owner's memory: it takes an RDMA device on both "
+                    f"hosts, or one host that permits reads as cma does ({exc})"
+                ) from exc
             await self._prove(where, token, WIRING_SECONDS)
         finally:
             await self._ask("wired", [])

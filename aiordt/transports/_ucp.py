@@ -4,8 +4,16 @@ Endpoints are made with error handling: only these can be closed while something
 and end what is pending when the other process dies. UCX would give up shared memory and
 cross-memory attach for that, unless it is told that both support it (`_SETTINGS`).
 
+UCX keeps registrations of memory until it sees the memory unmapped, by its hooks in libc's
+functions. Another copy of UCX in the process (nixl has one) takes these over, whereupon a new
+context has no such cache; and without it UCX before 1.22 crashes when an endpoint is closed
+or fails while a message waits to be fetched (openucx/ucx #11485). So there always is a cache,
+and where the hooks do not work it is told of a message's memory when the message is done.
+
 Invariants:
     UCX-3  The process's environment and signal handlers are what they were before ucxx came.
+    UCX-6  UCX has a cache of registrations; if it did not see memory unmapped when it was
+           started, none outlives its message.
 """
 
 from __future__ import annotations
@@ -13,9 +21,10 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 from array import array
 from contextlib import contextmanager
-from ctypes import c_char_p, c_int8, c_size_t, c_uint64, c_void_p
+from ctypes import c_char_p, c_int, c_int8, c_size_t, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
@@ -55,6 +64,10 @@ for _name, _result, _arguments in (
     ("ucp_request_cancel", None, (c_void_p, c_void_p)),
     ("ucp_request_free", None, (c_void_p,)),
     ("ucs_status_string", c_char_p, (c_int8,)),
+    ("ucm_set_external_event", None, (c_int,)),
+    ("ucm_unset_external_event", None, (c_int,)),
+    ("ucm_test_external_events", c_int8, (c_int,)),
+    ("ucm_vm_munmap", None, (c_void_p, c_size_t)),
 ):
     _function = getattr(_ucp, _name)
     _function.restype, _function.argtypes = _result, _arguments
@@ -69,6 +82,9 @@ _OK: Final = 0
 _IN_PROGRESS: Final = 1
 _CANCELED: Final = -16
 _LAST_ERROR: Final = -100
+_VM_UNMAPPED: Final = 1 << 17  # ucm_event_type_t
+#: Held while UCX believes that somebody else tells it what is unmapped, in the whole process.
+_external: Final = threading.Lock()
 
 
 class UcxError(Exception):
@@ -86,6 +102,10 @@ _SETTINGS: Final = {
     "TCP_TX_SEG_SIZE": "256K",
     "TCP_RX_SEG_SIZE": "256K",
 }
+
+
+#: Settings of UCX, whatever the environment has (UCX-6): rather no start than a crash later.
+_FORCED: Final = {"RCACHE_ENABLE": "y"}
 
 
 class _Endpoint(Protocol):
@@ -109,20 +129,31 @@ class _Worker(Protocol):
 
 
 def _buffers(pieces: Sequence[memoryview]) -> tuple[int, int, object, object]:
-    """Memory as UCX is told of it: address, count, parameter; and what is to be kept for it."""
+    """Memory as UCX is told of it: address, count, parameter; and what else is to be kept."""
     if len(pieces) == 1:
-        return Array(pieces[0]).ptr, len(pieces[0]), _NO_PARAM, pieces
+        return Array(pieces[0]).ptr, len(pieces[0]), _NO_PARAM, None
     entries = array("Q")
     for piece in pieces:
         entries.extend((Array(piece).ptr, len(piece)))
-    return entries.buffer_info()[0], len(pieces), _IOV_PARAM, (pieces, entries)
+    return entries.buffer_info()[0], len(pieces), _IOV_PARAM, entries
 
 
 class Request:
-    """A message that UCX was given, and the memory that it has for that."""
+    """A message that UCX was given, and the memory that it has for that.
 
-    def __init__(self, pointer: int | None, kept: object) -> None:
+    Args:
+        pointer: What UCX returned.
+        pieces: The memory.
+        kept: What describes it to UCX.
+        forget: Whether UCX would not see the memory unmapped (UCX-6).
+    """
+
+    def __init__(
+        self, pointer: int | None, pieces: Sequence[memoryview], kept: object, *, forget: bool
+    ) -> None:
+        self._pieces = pieces
         self._kept = kept
+        self._forget = forget
         self._pointer = pointer or 0
         self._status = _IN_PROGRESS if self._pointer else _OK
         if self._pointer > _ALL_BITS + _LAST_ERROR:
@@ -135,6 +166,9 @@ class Request:
             self._status = _ucp.ucp_request_check_status(self._pointer)
             if self._status != _IN_PROGRESS:
                 _ucp.ucp_request_free(self._pointer)
+                if self._forget:
+                    for piece in self._pieces:
+                        _ucp.ucm_vm_munmap(Array(piece).ptr, len(piece))
         return self._status != _IN_PROGRESS
 
     @property
@@ -153,8 +187,9 @@ class Request:
 class Endpoint:
     """The way to another process's worker; made by `Ucp.connect`."""
 
-    def __init__(self, endpoint: _Endpoint) -> None:
+    def __init__(self, endpoint: _Endpoint, *, forget: bool) -> None:
         self._endpoint: _Endpoint | None = endpoint
+        self._forget = forget
         self._handle = endpoint.handle
         self._failures: list[bool] = []
         endpoint.set_close_callback(self._failures.append, (True,))
@@ -177,13 +212,26 @@ class Endpoint:
         """
         self.check()
         address, count, param, kept = _buffers(pieces)
-        return Request(_ucp.ucp_tag_send_nbx(self._handle, address, count, tag, param), kept)
+        pointer = _ucp.ucp_tag_send_nbx(self._handle, address, count, tag, param)
+        return Request(pointer, pieces, kept, forget=self._forget)
 
     def close(self) -> None:
         """Close it at once; what was sent ends with the next progress. Idempotent."""
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
             endpoint.close_blocking()  # which does not block, because it handles errors
+
+
+def _start(settings: dict[str, str]) -> tuple[object, bool]:
+    """A UCX context; and whether it does not see what is unmapped (UCX-6)."""
+    with _external:
+        _ucp.ucm_set_external_event(_VM_UNMAPPED)  # else UCX may leave out its cache
+        try:
+            forget = _ucp.ucm_test_external_events(_VM_UNMAPPED) != _OK
+            features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
+            return libucxx.UCXContext(settings, feature_flags=features), forget
+        finally:
+            _ucp.ucm_unset_external_event(_VM_UNMAPPED)
 
 
 class Ucp:
@@ -210,8 +258,7 @@ class Ucp:
         given = {name: value for name, value in settings.items() if f"UCX_{name}" not in os.environ}
         try:
             with _environment():
-                features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
-                context = libucxx.UCXContext(given, feature_flags=features)
+                context, self._forget = _start({**given, **_FORCED})
                 self._worker: _Worker = libucxx.UCXWorker(context)
         except libucxx.UCXError as exc:
             raise UcxError(f"it does not start: {exc}") from exc
@@ -230,7 +277,8 @@ class Ucp:
             return Endpoint(
                 self._worker.create_endpoint_from_worker_address(
                     libucxx.UCXAddress.create_from_buffer(address), endpoint_error_handling=True
-                )
+                ),
+                forget=self._forget,
             )
         except libucxx.UCXError as exc:
             raise UcxError(str(exc)) from exc
@@ -238,9 +286,8 @@ class Ucp:
     def receive(self, pieces: Sequence[memoryview], tag: int) -> Request:
         """Post a receive into pieces of memory, of a message from anywhere."""
         address, count, param, kept = _buffers(pieces)
-        return Request(
-            _ucp.ucp_tag_recv_nbx(self._handle, address, count, tag, _ALL_BITS, param), kept
-        )
+        pointer = _ucp.ucp_tag_recv_nbx(self._handle, address, count, tag, _ALL_BITS, param)
+        return Request(pointer, pieces, kept, forget=self._forget)
 
     def cancel(self, request: Request) -> None:
         """Take a receive back, if no message has met it; of what was sent, nothing."""

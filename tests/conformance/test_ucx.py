@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from aiordt._peer import RemotePeer
+    from aiordt.transports._ucp import Endpoint
     from aiordt.transports._ucx_link import UcxLink
     from aiordt.transports.ucx import UcxTransport
 
@@ -102,6 +103,33 @@ class Ends:
             what="no transfer holds the tensor",
         )
 
+    async def fail_and_read(self) -> None:
+        """Fail the endpoint of each end while messages wait to be fetched; then read."""
+        for end, phase in ((self.consuming, "ucx.asking"), (self.serving, "ucx.sending")):
+            (endpoint,) = end.worker._endpoints
+
+            def fail(end: UcxTransport = end, endpoint: Endpoint = endpoint) -> None:
+                end.post(end.worker.disconnect, endpoint)
+
+            with at_phase(phase, fail), pytest.raises(TransferError):
+                await asyncio.wait_for(self.read(), 10)
+            await self.held_by_none()
+            await asyncio.wait_for(self.read(), 10)
+            await self.one_session()
+
+    async def one_session(self) -> None:
+        """Closed endpoints are gone at both ends."""
+        await eventually(lambda: len(self.serving._served) == 1, what="one session is left")
+        await eventually(
+            lambda: all(len(e.worker._endpoints) == 1 for e in (self.serving, self.consuming)),
+            what="endpoints are closed at both ends",
+        )
+
+    async def close(self) -> None:
+        await self.link.aclose()
+        self.reader.close()
+        self.owner.close()
+
     async def quiet(self) -> None:
         """Both ends of UCX have nothing under way."""
         for each in (self.serving, self.consuming):
@@ -114,9 +142,7 @@ async def ends() -> AsyncIterator[Ends]:
     made = Ends()
     made.link = await made.connect()
     yield made
-    await made.link.aclose()
-    made.reader.close()
-    made.owner.close()
+    await made.close()
     await leaks.wait_none()
 
 
@@ -226,27 +252,12 @@ async def test_each_link_closes_its_endpoints(ends: Ends) -> None:  # UCX-5
         link = await ends.connect()
         await ends.read(MIB, link)
         await link.aclose()
-    await eventually(lambda: len(ends.serving._served) == 1, what="the fixture's is left")
-    await eventually(
-        lambda: len(ends.serving.worker._endpoints) == len(ends.consuming.worker._endpoints) == 1,
-        what="endpoints are closed at both ends",
-    )
+    await ends.one_session()
     await ends.read()
 
 
-@pytest.mark.parametrize("at_owner", [False, True])
-async def test_a_failed_endpoint_is_made_anew(ends: Ends, *, at_owner: bool) -> None:  # UCX-5
-    end = ends.serving if at_owner else ends.consuming
-    (endpoint,) = end.worker._endpoints
-
-    def fail() -> None:
-        end.post(end.worker.disconnect, endpoint)
-
-    phase = "ucx.sending" if at_owner else "ucx.asking"
-    with at_phase(phase, fail), pytest.raises(TransferError):
-        await asyncio.wait_for(ends.read(), 10)
-    await ends.held_by_none()
-    await asyncio.wait_for(ends.read(), 10)
+async def test_a_failed_endpoint_is_made_anew(ends: Ends) -> None:  # UCX-5
+    await ends.fail_and_read()
 
 
 async def test_no_contact_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,13 +275,19 @@ async def test_no_contact_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         process.close()
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"\xc1", b"\x90", b"\x91\x09", b"\x92\x02\xc4", b"\x93\x02\xc4\x00\xff", b"\x01"]
-)
-async def test_malformed_requests_are_refused(ends: Ends, body: bytes) -> None:
+async def test_malformed_requests_are_refused(ends: Ends) -> None:
     peer: RemotePeer = ends.link._peer  # type: ignore[assignment]
-    with pytest.raises(ProtocolViolationError):
-        await ends.reader.io.run(peer.call(TransportMessage("ucx", body)))
+    for body in (
+        b"",
+        b"\xc1",
+        b"\x90",
+        b"\x91\x09",
+        b"\x92\x02\xc4",
+        b"\x93\x02\xc4\x00\xff",
+        b"\x01",
+    ):
+        with pytest.raises(ProtocolViolationError):
+            await ends.reader.io.run(peer.call(TransportMessage("ucx", body)))
     await ends.read()
 
 
@@ -516,10 +533,50 @@ def test_the_interface_of_an_address_is_found() -> None:
     assert _ucx_devices.local_host("no address") is None
 
 
+_WITHOUT_HOOKS = """
+import asyncio, ctypes, sys
+sys.path.insert(0, sys.argv[1])
+from test_ucx import LARGE, MIB, Ends
+from aiordt.transports._ucp import _ucp
+
+unmapped = []
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(ctypes.c_size_t), ctypes.c_void_p)
+def note(kind, event, _):
+    unmapped.append((event[0], event[1]))
+
+async def main():
+    ends = Ends()
+    ends.link = await ends.connect()
+    await ends.fail_and_read()
+    vm_unmapped, no_install = 1 << 17, 1 << 24
+    assert _ucp.ucm_set_event_handler(vm_unmapped | no_install, 0, note, None) == 0
+    await ends.read()
+    await ends.quiet()
+    _ucp.ucm_unset_event_handler(vm_unmapped, note, None)
+    source = ends.tensor.data_ptr()
+    assert sum(nbytes for _, nbytes in unmapped) == 2 * LARGE, "at both ends"
+    assert {at for at, _ in unmapped} >= set(range(source, source + LARGE, 8 * MIB))
+    await ends.close()
+
+asyncio.run(main())
+"""
+
+
+def test_memory_is_forgotten_where_it_is_not_seen_unmapped() -> None:  # UCX-6
+    environment = {**os.environ, "UCX_MEM_MMAP_HOOK_MODE": "none"}
+    subprocess.run(  # noqa: S603
+        [sys.executable, "-c", _WITHOUT_HOOKS, str(Path(__file__).parent)],
+        check=True,
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=60,
+    )
+
+
 _BOTH = """
 import asyncio, sys, torch
-from aiordt.abc import Part
-from aiordt.testing._process import _Half
+sys.path.insert(0, sys.argv[2])
+from test_ucx import Ends
 from nixl_cu13 import nixl_agent, nixl_agent_config
 
 def by_nixl():
@@ -540,23 +597,17 @@ def by_nixl():
     return owner, reader
 
 async def by_ucx():
-    owner, reader = _Half(), _Half()
-    source = torch.arange(1 << 18)
-    export = owner.registry.begin([source], "test")
-    owner.registry.commit(export, [object()])
-    link = await reader.connect("ucx", owner.address)
-    target = torch.zeros_like(source)
-    await link.read([Part(export.key, 0, 0, target.data_ptr(), target.nbytes)])
-    assert torch.equal(target, source)
-    await link.aclose()
-    reader.close()
-    owner.close()
+    ends = Ends()
+    ends.link = await ends.connect()
+    await ends.read()
+    await ends.fail_and_read()
+    await ends.close()
 
-if sys.argv[1] == "nixl":
-    kept = by_nixl()
-for _ in range(2):
+if sys.argv[1] == "ucx":
     asyncio.run(by_ucx())
-    kept = by_nixl()
+kept = by_nixl()
+asyncio.run(by_ucx())
+kept = by_nixl()
 """
 
 
@@ -564,9 +615,10 @@ for _ in range(2):
     importlib.util.find_spec("nixl_cu13") is None, reason="nixl_cu13 is not installed"
 )
 @pytest.mark.parametrize("first", ["nixl", "ucx"])
-def test_nixls_copy_of_ucx_is_in_the_same_process(first: str) -> None:
+def test_nixls_copy_of_ucx_is_in_the_same_process(first: str) -> None:  # UCX-6
+    """It takes UCX's hooks over."""
     subprocess.run(  # noqa: S603
-        [sys.executable, "-c", _BOTH, first],
+        [sys.executable, "-c", _BOTH, first, str(Path(__file__).parent)],
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         timeout=60,

@@ -125,11 +125,13 @@ class Node(aiordt.AsyncActor):
 
     # --- as a consumer
 
-    async def check(self, tree: dict[str, Any], seed: int, kind: str = "") -> dict[str, Any]:
+    async def check(
+        self, tree: dict[str, Any], seed: int, kind: str = "", transport: str | None = None
+    ) -> dict[str, Any]:
         """Pull ``tree``; say whether it is what `make` made, how, and how fast."""
         before = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
         started = time.perf_counter()
-        tensor = (await aiordt.get(tree))["t"]
+        tensor = (await aiordt.get(tree, transport=transport))["t"]
         seconds = time.perf_counter() - started
         after = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
         moved = {name: n - before.get(name, 0) for name, n in after.items()}
@@ -340,10 +342,12 @@ async def sizes() -> object:
         result[kind] = await consumer.check.remote(made, seed, kind)
     tree = owner.make.remote(64 * MIB, 20)
     times = [(await consumer.check.remote(tree, 20))["seconds"] for _ in range(5)]
+    ucx = await consumer.check.remote(tree, 20, transport="ucx")
     back = await owner.check.remote(consumer.make.remote(MIB, 21), 21)
     return {
         "results": result,
         "back": back,
+        "ucx": ucx,
         "seconds": times,
         "explained": await consumer.explain.remote(tree),
     }

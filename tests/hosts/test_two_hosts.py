@@ -75,6 +75,10 @@ def test_tensors_of_all_sizes_and_layouts_arrive_by_tcp(hosts: TwoHosts) -> None
     explained = found["explained"]
     assert explained["chosen"] == "tcp"
     assert_refused(explained["reasons"]["cma"])
+    assert "RDMA" in explained["reasons"]["nixl"]
+    assert explained["reasons"]["ucx"].startswith("usable")
+    assert found["ucx"]["equal"]
+    assert found["ucx"]["moved"] == {"ucx": 64 * MIB}
 
 
 def moved(results: list[dict[str, Any]], name: str) -> int:
