@@ -102,7 +102,7 @@ class _Viewer(aiordt.AsyncActor):
             first = FIRST if self._met else CONNECT
             samples[AGAIN if number else first].append(took)
             self._met = True
-        for number in range(max(2, looks // 5)):
+        for number in range(3 if ref.nbytes >= GIB else max(2, looks // 5)):
             begun = time.perf_counter()
             tensor = await ref
             took = time.perf_counter() - begun
@@ -165,7 +165,7 @@ def _turn(settings: Settings, series: dict[tuple[int, str], list[float]]) -> Non
     try:
         get([holder.pid.remote(), viewer.pid.remote()])
         for nbytes in settings.sizes:
-            for _ in range(2):
+            for _ in range(1 if nbytes >= GIB else 2):
                 ref = get(holder.share.remote(nbytes))
                 for name, some in get(viewer.look.remote(ref, settings.looks)).items():
                     series[nbytes, name] += some
@@ -186,7 +186,7 @@ def _store_turn(
         for nbytes in settings.sizes:
             for name in names:
                 refs = get(holder.store.remote(nbytes, name))
-                looks = max(2, settings.looks // 5)
+                looks = 2 if nbytes >= GIB else max(2, settings.looks // 5)
                 series[nbytes, name] += get(viewer.fetch.remote(refs, looks))
                 del refs
     finally:
