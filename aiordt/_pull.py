@@ -269,7 +269,7 @@ class Puller:
             if ref.inline is not None:
                 by_value.append(index)
                 continue
-            if ref.header is remote and sizes[index] and forced != "shm":
+            if ref.header is remote and sizes[index] and (forced != "shm" or ref.meta.segment):
                 places.append(index)  # as the one before
                 continue
             with naming(ref, name):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 SLAB_NBYTES: Final = 1 * MIB
-_MAX_REGISTRATIONS: Final = 4096
+#: Idle ones that are kept: state dicts of 10,000 tensors fit, and their targets.
+_MAX_REGISTRATIONS: Final = 1 << 16
 _TOKEN_NBYTES: Final = 16
 _RDMA: Final = Path("/sys/class/infiniband")
 _QUIET: Final = {
