@@ -157,6 +157,7 @@ def test_conformance_of_a_busy_owner() -> None:
         runner.run(check())
 
 
+@pytest.mark.soak  # UCX 1.21 crashes in about one of twenty runs: see docs/explanation/data_path.md
 async def test_conformance_over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
     """As between hosts without RDMA: the owner's UCX has a part in every message."""
     monkeypatch.setenv("UCX_TLS", "tcp")
