@@ -35,6 +35,8 @@ from aiordt._types import MIB
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiordt._config import Config
+
 #: Tensors up to this size share segments ...
 SHARED_NBYTES: Final = 16 * MIB
 #: ... of this size; a larger one has its own.
@@ -140,7 +142,8 @@ class _Range(NamedTuple):
 class Arena:
     """All shared memory of this process. Safe from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Callable[[], Config] = _config.peek) -> None:
+        self._settings = settings
         self._lock = threading.Lock()
         self._numbers = 0
         self._segments: dict[int, Segment] = {}
@@ -203,7 +206,7 @@ class Arena:
         return _Range(segment, start, nbytes)
 
     def _grow(self, nbytes: int, *, shared: bool) -> Segment:
-        limit = _config.peek().arena_nbytes
+        limit = self._settings().arena_nbytes
         least = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
         size = max(SEGMENT_NBYTES, least) if shared else least
         if self.nbytes + size > limit:
@@ -253,7 +256,7 @@ class Arena:
     def _trim(self) -> None:
         """Give unused segments back to the system, but for some warm ones."""
         idle = [segment for segment in self._segments.values() if segment.extents.unused]
-        excess = sum(segment.nbytes for segment in idle) - _config.peek().pool_nbytes
+        excess = sum(segment.nbytes for segment in idle) - self._settings().pool_nbytes
         for segment in idle:
             if excess <= 0:
                 return

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aiordt
-from aiordt import _arena, _config
+from aiordt import _arena
 from aiordt._arena import SEGMENT_NBYTES, Arena, Extents
+from aiordt._config import Config
 from aiordt._memory import view_memory
 from aiordt._types import MIB
 
@@ -60,13 +61,6 @@ def arena() -> Iterator[Arena]:
     yield made
     gc.collect()
     assert made.used_nbytes == 0, "every tensor gave its memory back"
-
-
-@pytest.fixture
-def options() -> Iterator[None]:
-    before = dict(_config._settings.given)
-    yield
-    _config._settings.given = before
 
 
 def test_tensors_have_memory_of_their_own(arena: Arena) -> None:  # ARN-1
@@ -110,9 +104,8 @@ def test_small_ones_do_not_scatter_over_the_segments_of_large_ones(arena: Arena)
     assert arena.locate(small.data_ptr()) != number
 
 
-@pytest.mark.usefixtures("options")
-def test_exhausted_memory_is_an_error_and_the_next_call_works(arena: Arena) -> None:
-    aiordt.configure(arena_nbytes=8 * MIB)
+def test_exhausted_memory_is_an_error_and_the_next_call_works() -> None:
+    arena = Arena(lambda: Config(arena_nbytes=8 * MIB))
     held = arena.empty((6 * MIB,), torch.uint8)
     with pytest.raises(aiordt.OutOfMemoryError, match="arena_nbytes") as info:
         arena.empty((6 * MIB,), torch.uint8)
@@ -124,12 +117,10 @@ def test_exhausted_memory_is_an_error_and_the_next_call_works(arena: Arena) -> N
     assert arena.empty((8 * MIB,), torch.uint8).numel() == 8 * MIB, "what was idle made room"
 
 
-@pytest.mark.usefixtures("options")
 def test_idle_memory_goes_back_to_the_system() -> None:
-    arena = Arena()
+    arena = Arena(lambda: Config(pool_nbytes=100 * MIB))
     gone: list[int] = []
     arena.watch(gone.append)
-    aiordt.configure(pool_nbytes=100 * MIB)
     first, second = (arena.empty((80 * MIB,), torch.uint8) for _ in range(2))
     numbers = {arena.locate(tensor.data_ptr()) for tensor in (first, second)}
     del first
