@@ -29,7 +29,7 @@ import torch
 
 from aiordt import _config
 from aiordt._errors import InvalidValueError, OutOfMemoryError
-from aiordt._memory import HUGE_PAGE, dense_stride, lent_tensor
+from aiordt._memory import HUGE_PAGE, dense_stride, laid_out, lent_tensor
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ class Arena:
             return torch.empty(tuple(shape), dtype=dtype)
         place = self._take(-(-nbytes // _GRANULE) * _GRANULE)
         flat = lent_tensor(place.segment.address + place.start, numel, dtype, self, place)
-        if stride is None:
-            return flat.view(tuple(shape))
-        return flat.as_strided(tuple(shape), tuple(stride))
+        return laid_out(flat, shape, stride)
 
     def _take(self, nbytes: int) -> _Range:
         self._settle()

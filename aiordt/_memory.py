@@ -146,6 +146,15 @@ def lent_tensor(
     return torch.frombuffer(lent, dtype=dtype, count=numel)
 
 
+def laid_out(
+    flat: torch.Tensor, shape: Sequence[int], stride: Sequence[int] | None
+) -> torch.Tensor:
+    """A flat tensor in this shape; ``stride``: of a dense one, ``None``: contiguous."""
+    if stride is None:
+        return flat.view(tuple(shape))
+    return flat.as_strided(tuple(shape), tuple(stride))
+
+
 class Pool:
     """Memory to receive into, lent as tensors and taken back when their storage dies.
 
@@ -190,10 +199,7 @@ class Pool:
             block = self._free.setdefault(size, []).pop()
         except IndexError:
             block = _Block(size)
-        flat = lent_tensor(block.address, numel, dtype, self, block)
-        if stride is None:
-            return flat.view(tuple(shape))
-        return flat.as_strided(tuple(shape), tuple(stride))
+        return laid_out(lent_tensor(block.address, numel, dtype, self, block), shape, stride)
 
     def take_back(self, block: _Block) -> None:
         """See `Home`."""

@@ -334,9 +334,13 @@ def _family(host: str) -> socket.AddressFamily:
 
 def listen(host: str) -> socket.socket:
     """A listener on a free port of ``host``, and of no other address."""
-    listener = socket.socket(_family(host), socket.SOCK_STREAM)
+    return _listen(_family(host), (host, 0))
+
+
+def _listen(family: socket.AddressFamily, where: bytes | tuple[str, int]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.bind((host, 0))
+        listener.bind(where)
         listener.listen(1024)
         listener.settimeout(0)
     except BaseException:
@@ -354,15 +358,7 @@ def listen_locally(runtime_id: bytes) -> socket.socket | None:
     """A listener for processes of this host; ``None`` where the system has no such thing."""
     if not sys.platform.startswith("linux"):
         return None
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(local_name(runtime_id))
-        listener.listen(1024)
-        listener.settimeout(0)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+    return _listen(socket.AF_UNIX, local_name(runtime_id))
 
 
 class RemotePeer(Peer):

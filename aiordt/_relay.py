@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import itertools
@@ -46,10 +45,10 @@ from aiordt._progress import finish, run_all
 from aiordt._types import MIB, Owner
 from aiordt._wire import Item, pack_items, unpack_items
 from aiordt.abc import Part, PeerAddress, TransportMessage
-from aiordt.transports._job import Job
+from aiordt.transports._job import Job, copy_piece, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from aiordt._metrics import Counters
     from aiordt._progress import IoThread, Workers
@@ -66,7 +65,6 @@ MIN_NBYTES: Final = 1 * MIB
 _PATIENCE_SECONDS: Final = 2.0
 _LEAST_RATE: Final = 50 * MIB
 _ATTEMPTS: Final = 3
-_CHUNK_NBYTES: Final = 1 * MIB
 
 _FETCH: Final = 0  # address, items, places there -> number, [(segment, address)]
 _DONE: Final = 1  # number: the neighbour has read what it was told
@@ -240,11 +238,11 @@ class Relay:
     async def _read_own(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
         entries = await self._io.run(self._fetch(address, key, parts))
         try:
-            pairs = [
-                (entry.tensor.data_ptr(), part.target, part.nbytes)
+            chunks = itertools.chain.from_iterable(
+                pieces(entry.tensor.data_ptr(), part.target, part.nbytes)
                 for entry, part in zip(entries, parts, strict=True)
-            ]
-            job = Job(_chunks(pairs), _copy, "relay.chunk")
+            )
+            job = Job(chunks, copy_piece, "relay.chunk")
             await finish(job.start(self._workers, 2), job.stop)
         finally:
             self._io.loop.call_soon_threadsafe(self._unpin, entries)
@@ -437,14 +435,3 @@ def _unpack_address(data: bytes) -> PeerAddress:
     ):
         raise ProtocolViolationError("not the address of a neighbour")
     return PeerAddress(*values[: len(types)])
-
-
-def _chunks(pairs: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    for source, target, nbytes in pairs:
-        for start in range(0, nbytes, _CHUNK_NBYTES):
-            yield source + start, target + start, min(_CHUNK_NBYTES, nbytes - start)
-
-
-def _copy(chunk: tuple[int, int, int]) -> None:
-    source, target, nbytes = chunk
-    ctypes.memmove(target, source, nbytes)

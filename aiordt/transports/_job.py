@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 from aiordt._errors import ClosedError
 from aiordt._metrics import phase
 from aiordt._progress import post, settle
+from aiordt._types import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,10 +20,27 @@ if TYPE_CHECKING:
 #: Chunks that one reader does before it lets another read's have its turn.
 _TURN: Final = 16
 
+#: Larger pieces of a copy would keep a loop that woke up on the same core waiting.
+CHUNK_NBYTES: Final = 1 * MIB
+
 _C = TypeVar("_C")
+#: Source, target and size of a piece of memory in this process.
+Piece: TypeAlias = tuple[int, int, int]
 
 # Not os.sched_yield, which keeps the GIL: the loop's thread would wake only to wait for it.
 _sched_yield: Callable[[], int] = ctypes.CDLL(None).sched_yield
+
+
+def pieces(source: int, target: int, nbytes: int) -> Iterator[Piece]:
+    """Cut a copy into pieces of at most `CHUNK_NBYTES`."""
+    for start in range(0, nbytes, CHUNK_NBYTES):
+        yield source + start, target + start, min(CHUNK_NBYTES, nbytes - start)
+
+
+def copy_piece(piece: Piece) -> None:
+    """Copy one; the GIL is released meanwhile."""
+    source, target, nbytes = piece
+    ctypes.memmove(target, source, nbytes)
 
 
 class Job(Generic[_C]):

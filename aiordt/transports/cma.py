@@ -30,7 +30,7 @@ from aiordt._errors import ClosedError, OwnerDiedError, TransferError, Unavailab
 from aiordt._progress import Workers, finish
 from aiordt._types import MIB
 from aiordt.abc import Availability, Link, Transport
-from aiordt.transports._job import Job
+from aiordt.transports._job import CHUNK_NBYTES, Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
 #: Up to here a read on the caller's own thread (70 µs) costs about as much as a thread hop.
 INLINE_NBYTES: Final = 1 * MIB
-#: Two readers with 1 MiB chunks keep the loop's lag at 0.3 ms; larger chunks do not.
-CHUNK_NBYTES: Final = 1 * MIB
+#: Two readers with chunks of 1 MiB keep the loop's lag at 0.3 ms; larger chunks do not.
 NUM_READERS: Final = 2
 _IOV_MAX: Final = 1024
 _IOVEC: Final = struct.Struct("QQ")

@@ -43,7 +43,7 @@ from aiordt._progress import Workers, finish, post, settle
 from aiordt._types import MIB
 from aiordt._wire import KEY_NBYTES
 from aiordt.abc import Availability, SharedLink, Transport
-from aiordt.transports._job import Job
+from aiordt.transports._job import CHUNK_NBYTES, Job, Piece, copy_piece, pieces
 from aiordt.transports.cma import host_id
 
 if TYPE_CHECKING:
@@ -53,15 +53,13 @@ if TYPE_CHECKING:
 
 #: Up to here a copy on the caller's own thread (50 µs) costs about as much as a thread hop.
 INLINE_NBYTES: Final = 1 * MIB
-#: As for `cma`: chunks of this size keep the loop's lag low.
-CHUNK_NBYTES: Final = 1 * MIB
 NUM_READERS: Final = 2
 #: What the consumer writes: the number of a segment.
 _ASK: Final = struct.Struct("!Q")
 #: What the owner writes: number, address and size; size 0: it is gone.
 _TELL: Final = struct.Struct("!QQQ")
 #: A chunk: source, target, bytes; or a strided source and its target.
-_Chunk: TypeAlias = "tuple[int, int, int] | tuple[torch.Tensor, torch.Tensor]"
+_Chunk: TypeAlias = "Piece | tuple[torch.Tensor, torch.Tensor]"
 
 
 class _Mapping:
@@ -156,9 +154,7 @@ class ShmLink(SharedLink):
             cut = part.cut
             if cut is None or cut.contiguous:
                 source = mapping.translate(part.address, part.nbytes)
-                for start in range(0, part.nbytes, CHUNK_NBYTES):
-                    nbytes = min(CHUNK_NBYTES, part.nbytes - start)
-                    yield source + start, part.target + start, nbytes
+                yield from pieces(source, part.target, part.nbytes)
                 continue
             yield from _strided_chunks(part, mapping.translate(part.address, cut.span))
 
@@ -279,8 +275,7 @@ class ShmLink(SharedLink):
 
 def _copy(chunk: _Chunk) -> None:
     if len(chunk) == 3:
-        source, target, nbytes = chunk
-        ctypes.memmove(target, source, nbytes)
+        copy_piece(chunk)
     else:
         chunk[1].copy_(chunk[0])
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from aiordt._errors import OwnerDiedError, TransferError, UnavailableError
 from aiordt.abc import Cut, Part, Peer, PeerAddress
 from aiordt.testing import check_leaks, wait_until
-from aiordt.transports import cma
+from aiordt.transports import _job, cma
 from aiordt.transports.cma import CmaTransport
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ async def test_many_small_parts_are_read_by_few_calls(
     if not link.read_nowait(parts):
         assert count * nbytes > cma.INLINE_NBYTES
         await link.read(parts)
-    assert len(calls) <= 2 + max(count // 1000, count * nbytes // (cma.CHUNK_NBYTES - nbytes))
+    assert len(calls) <= 2 + max(count // 1000, count * nbytes // (_job.CHUNK_NBYTES - nbytes))
     expected = torch.zeros_like(target)
     expected[:, :nbytes] = source[:, :nbytes]
     expected[::10] = 0
