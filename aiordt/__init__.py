@@ -26,6 +26,7 @@ from aiordt._get import get
 from aiordt._ref import TensorRef
 from aiordt._types import Explanation, Owner, Stats, TransportStats
 from aiordt._wait import as_completed, explain, stats, wait, wait_tensor_freed
+from aiordt.collective import Group, create_group
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "DeviceWarning",
     "Explanation",
+    "Group",
     "GroupError",
     "OutOfMemoryError",
     "Owner",
@@ -53,6 +55,7 @@ __all__ = [
     "UsageError",
     "as_completed",
     "configure",
+    "create_group",
     "empty",
     "empty_like",
     "explain",

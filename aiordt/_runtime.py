@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import threading
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -37,6 +38,9 @@ from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
     from aiordt._config import Config
     from aiordt._landing import Header, Pullable
     from aiordt._ray import Session
@@ -50,6 +54,30 @@ _log = logging.getLogger(__name__)
 _NOTE_SECONDS: Final = 0.05
 #: How often a runtime looks whether its Ray session goes on (2 µs).
 _SESSION_SECONDS: Final = 1.0
+
+
+class Service(ABC):
+    """What a layer above has a part of in every runtime. Lives on the io loop."""
+
+    @abstractmethod
+    async def serve(self, message: Message, peer_id: bytes) -> Message | None:
+        """Answer a peer's request; ``None``: it is for others."""
+
+    @abstractmethod
+    def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
+        """Take over an authenticated stream that a peer opened, if it is this service's."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """End everything."""
+
+
+_services: Final[list[Callable[[Runtime], Service]]] = []
+
+
+def add_service(make: Callable[[Runtime], Service]) -> None:
+    """Let every runtime that starts from now on have such a service."""
+    _services.append(make)
 
 
 class Runtime(Puller):
@@ -94,7 +122,7 @@ class Runtime(Puller):
             runtime_id,
             secret=self._read_secret,
             handle=self._handle,
-            accept=self.transports.accept,
+            accept=self._accept,
             lost=self._lost,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
@@ -106,6 +134,7 @@ class Runtime(Puller):
             workers=self.workers,
             limit=config.relay_nbytes if "shm" in config.transports else 0,
         )
+        self.services = [make(self) for make in _services]
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
@@ -157,7 +186,18 @@ class Runtime(Puller):
                 return await self.relay.serve(message, peer_id)
             await self.registry.wait_gone(watched)
             return message
+        if isinstance(message, _wire.GroupMessage):
+            for service in self.services:
+                reply = await service.serve(message, peer_id)
+                if reply is not None:
+                    return reply
+            return None
         return await self.transports.serve(message, peer_id)
+
+    def _accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
+        if any(service.accept(stream, peer_id, sock) for service in self.services):
+            return True
+        return self.transports.accept(stream, peer_id, sock)
 
     def _lost(self, peer_id: bytes) -> None:
         self.relay.forget(peer_id)
@@ -216,6 +256,8 @@ class Runtime(Puller):
         self.registry.close()
 
         async def cleanup() -> None:
+            for service in self.services:
+                await service.aclose()
             await self.relay.aclose()
             await self._network.aclose()
             await self.routes.aclose()

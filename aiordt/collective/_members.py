@@ -1,0 +1,137 @@
+"""Actors by their addresses: what each one tells the others of itself, and how it is found.
+
+Invariants:
+    ADR-1  An `AsyncActor` is found while it is busy; what it published is believed only after
+           the process that it names has answered, since it may have died or been restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import msgpack
+
+from aiordt import _ray, _runtime
+from aiordt._errors import AiordtError, OwnerDiedError, PeerLostError
+from aiordt._types import Owner
+from aiordt.abc import PeerAddress
+
+if TYPE_CHECKING:
+    from aiordt._runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+#: An actor that has not started yet is looked for so often.
+_LOOK_SECONDS: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An actor, as its group knows it.
+
+    Attributes:
+        address: Where its runtime is.
+        owner: Who it is.
+        state: A handle of it, for `_ray.weak_handle`.
+    """
+
+    address: PeerAddress
+    owner: Owner
+    state: bytes
+
+    def pack(self) -> list[object]:
+        """As what msgpack takes."""
+        return [
+            list(dataclasses.astuple(self.address)),
+            list(dataclasses.astuple(self.owner)),
+            self.state,
+        ]
+
+    @classmethod
+    def unpack(cls, packed: Any) -> Member:  # noqa: ANN401
+        """What `pack` made."""
+        address, owner, state = packed
+        return cls(PeerAddress(*address), Owner(*owner), state)
+
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        name = self.owner.actor_name or "actor"
+        return f"{name} {(self.owner.actor_id or '')[:12]}, pid {self.owner.pid}"
+
+
+def _own_record(runtime: Runtime) -> bytes:
+    packed: bytes = msgpack.packb(Member(runtime.address, runtime.owner, _ray.own_handle()).pack())
+    return packed
+
+
+def _asked(_actor: object) -> bytes:
+    """What an actor answers when it is asked who it is."""
+    return _own_record(_runtime.current())
+
+
+def announce() -> None:
+    """Let others find this actor, whose construction has just ended. Never waits, never raises."""
+    if not _ray.is_actor():
+        return
+    try:
+        runtime = _runtime.current()
+        record = _own_record(runtime)
+        actor_id = runtime.owner.actor_id or ""
+    except AiordtError as exc:
+        _log.debug("this actor is not announced: %s", exc)  # told by its first use of aiordt
+        return
+
+    def publish() -> None:
+        try:
+            _ray.publish_actor(runtime.session, actor_id, record)
+        except Exception:  # noqa: BLE001  (it can still be asked)
+            _log.debug("announcing this actor failed", exc_info=True)
+
+    with suppress(AiordtError):  # closed at once
+        runtime.workers.submit(publish)
+
+
+async def find(runtime: Runtime, handle: Any) -> Member:  # noqa: ANN401
+    """Where an actor is; waits until it has been made (ADR-1).
+
+    Raises:
+        OwnerDiedError: It is dead.
+        PeerLostError: It cannot be reached.
+    """
+    actor_id = _ray.actor_id_of(handle) or ""
+    member = await _published(runtime, actor_id)
+    if member is not None:
+        return member
+    asking = asyncio.ensure_future(_ray.ask_actor(handle, _asked))
+    try:
+        while True:
+            done, _ = await asyncio.wait({asking}, timeout=_LOOK_SECONDS)
+            if done:
+                return Member.unpack(msgpack.unpackb(asking.result()))
+            member = await _published(runtime, actor_id)
+            if member is not None:
+                return member
+    finally:
+        asking.cancel()
+
+
+async def _published(runtime: Runtime, actor_id: str) -> Member | None:
+    """What an actor has published, if its process answers."""
+    record = await runtime.workers.run(lambda: _ray.find_actor(runtime.session, actor_id))
+    if record is None:
+        return None
+    member = Member.unpack(msgpack.unpackb(record))
+    if member.address.runtime_id != runtime.address.runtime_id:
+        try:
+            await runtime.io.run(runtime.routes.peer(member.address).reach())
+        except OwnerDiedError:
+            return None
+        except PeerLostError:
+            return None
+    return member
