@@ -27,8 +27,8 @@ _MARK: Final = "__aiordt_method__"
 class AsyncActor:
     """Mixin for a class decorated with ``@ray.remote`` whose methods return tensors as refs.
 
-    It adds no public names to the class but `group`. It works with the class's own ``__init__``, which need
-    not call this one's, with inheritance, ``max_concurrency``, concurrency groups, async
+    It adds no public name to the class but `group`. It works with the class's own ``__init__``,
+    which need not call this one's, with inheritance, ``max_concurrency``, concurrency groups, async
     generators, named and detached actors and ``max_restarts``::
 
         @ray.remote

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
@@ -57,11 +57,17 @@ _SESSION_SECONDS: Final = 1.0
 
 
 class Service(ABC):
-    """What a layer above has a part of in every runtime. Lives on the io loop."""
+    """A part that a layer above has in every runtime. Lives on the io loop.
+
+    Attributes:
+        name: Its requests come in a `TransportMessage` of this name.
+    """
+
+    name: ClassVar[str]
 
     @abstractmethod
-    async def serve(self, message: Message, peer_id: bytes) -> Message | None:
-        """Answer a peer's request; ``None``: it is for others."""
+    async def serve(self, request: TransportMessage, peer_id: bytes) -> Message:
+        """Answer a peer's request."""
 
     @abstractmethod
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
@@ -186,12 +192,10 @@ class Runtime(Puller):
                 return await self.relay.serve(message, peer_id)
             await self.registry.wait_gone(watched)
             return message
-        if isinstance(message, _wire.GroupMessage):
+        if isinstance(message, TransportMessage):
             for service in self.services:
-                reply = await service.serve(message, peer_id)
-                if reply is not None:
-                    return reply
-            return None
+                if message.transport == service.name:
+                    return await service.serve(message, peer_id)
         return await self.transports.serve(message, peer_id)
 
     def _accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:

@@ -193,26 +193,8 @@ class Ready(Message):
     keys: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class GroupMessage(Message):
-    """A request about a group of actors, or the reply to it.
-
-    Attributes:
-        group: Its id.
-        verb: What is asked.
-        body: The rest, as msgpack.
-    """
-
-    code: ClassVar[int] = 8
-    schema: ClassVar[tuple[type, ...]] = (bytes, str, bytes)
-    group: bytes
-    verb: str
-    body: bytes
-
-
 _MESSAGES: Final[dict[int, type[Message]]] = {
-    cls.code: cls
-    for cls in (Pull, PullReply, Seen, Failure, Cancel, TransportMessage, Ready, GroupMessage)
+    cls.code: cls for cls in (Pull, PullReply, Seen, Failure, Cancel, TransportMessage, Ready)
 }
 
 KIND_REQUEST: Final = 0

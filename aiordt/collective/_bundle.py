@@ -118,11 +118,10 @@ def packed(unit: Unit, tensors: Sequence[torch.Tensor], *, cutting: bool) -> tor
     return torch.cat(parts)
 
 
-def unpacked(unit: Unit, flat: torch.Tensor, specs: Sequence[Spec]) -> list[torch.Tensor]:
+def unpacked(flat: torch.Tensor, specs: Sequence[Spec]) -> list[torch.Tensor]:
     """Views of a buffer as tensors of these shapes, one after another.
 
     Args:
-        unit: Which buffer.
         flat: The buffer, or the piece of a rank.
         specs: Shapes of what is in it, in order.
     """
@@ -133,8 +132,3 @@ def unpacked(unit: Unit, flat: torch.Tensor, specs: Sequence[Spec]) -> list[torc
         views.append(flat[start:stop].view(spec.shape))
         start = stop
     return views
-
-
-def empty(unit: Unit, numel: int, like: torch.Tensor | None = None) -> torch.Tensor:
-    """A new flat tensor of the dtype of a buffer, on the device of ``like``."""
-    return torch.empty(numel, dtype=unit.dtype, device="cpu" if like is None else like.device)

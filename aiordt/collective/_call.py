@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from typing_extensions import override
 
+from aiordt._device import layer
 from aiordt._errors import InvalidTypeError, InvalidValueError, ProtocolViolationError
 from aiordt._memory import view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
-from aiordt.collective._engine import Step
+from aiordt.collective._engine import UNTAGGED, Step
 from aiordt.collective._kernels import reduce_pieces
 from aiordt.collective._rules import (
     CUTTING,
@@ -32,7 +35,9 @@ from aiordt.collective._rules import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
+    from aiordt.abc import Event
     from aiordt.collective._bundle import Unit
     from aiordt.collective._engine import Engine, Steps
 
@@ -54,6 +59,10 @@ class Call:
         tensors: This member's, detached; ``None``: it brings none.
         extra: The tree around them, where others must rebuild it.
         inplace: Whether results go into the tensors.
+        lane: The sequence of calls that it belongs to.
+        number: Which one of it; known once it runs.
+        ready: When the device has made the tensors.
+        done: When it has made the results.
     """
 
     kind: str
@@ -64,6 +73,10 @@ class Call:
     tensors: list[torch.Tensor] | None = None
     extra: object = None
     inplace: bool = True
+    lane: int = UNTAGGED
+    number: int = -1
+    ready: Event | None = None
+    done: Event | None = None
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is said.
@@ -99,6 +112,10 @@ class Call:
         """Whether it is one exchange and some arithmetic."""
         return self.tensors is None or _is_inline(_bundle.specs_of(self.tensors), self.device.type)
 
+    @override
+    def __str__(self) -> str:
+        return str(self.descriptor())
+
     def descriptor(self) -> Descriptor:
         """What it asks for."""
         specs = None if self.tensors is None else _bundle.specs_of(self.tensors)
@@ -126,9 +143,20 @@ class Buffers:
 class Mover(ABC):
     """Moves payloads that do not travel with descriptors."""
 
+    def check(self, call: Call) -> None:
+        """Refuse what this backend cannot do, before anything is said.
+
+        Raises:
+            UsageError: It cannot.
+        """
+
     def announce(self, call: Call) -> bytes:  # noqa: ARG002
         """What to say along with the descriptor."""
         return b""
+
+    def within(self, call: Call) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Where its buffers are filled and emptied: a stream of a device, say."""
+        return nullcontext()
 
     @abstractmethod
     def move(self, call: Call, buffers: Sequence[Buffers], announced: Sequence[bytes]) -> Steps:
@@ -161,13 +189,18 @@ def collective(call: Call, engine: Engine, mover: Mover) -> Steps:
         raise ProtocolViolationError(f"{call.kind}: nobody brought a tensor")
     cutting = call.kind in CUTTING
     units = _bundle.plan(specs, call.size, cutting=cutting)
-    buffers = [_buffers(call, unit) for unit in units]
     if _is_inline(specs, agreed.device):
+        buffers = [_buffers(call, unit) for unit in units]
         _move_inlined(call, buffers, tails)
-    else:
-        engine.check()
-        yield from mover.move(call, buffers, tails)
-    return _outcome(call, specs, agreed.extra, buffers)
+        return _outcome(call, specs, agreed.extra, buffers)
+    with mover.within(call):
+        buffers = [_buffers(call, unit) for unit in units]
+    yield from mover.move(call, buffers, tails)
+    with mover.within(call):
+        outcome = _outcome(call, specs, agreed.extra, buffers)
+        if agreed.device not in {"", "cpu"}:
+            call.done = layer(call.device).record(call.device)
+    return outcome
 
 
 def refusal(call: Call, error: str) -> Steps:
@@ -265,7 +298,7 @@ def give(call: Call, each: Buffers, sources: Sequence[torch.Tensor]) -> None:
     if call.kind in REDUCING:
         if call.kind == "reducescatter":
             sources = [source[start:stop] for source in sources]
-        scratch = torch.empty(out.numel(), dtype=working_dtype(call.op, unit.dtype))
+        scratch = torch.empty(out.numel(), dtype=working_dtype(unit.dtype))
         reduce_pieces(call.op, sources, out, scratch)
     elif call.kind == "broadcast":
         out.copy_(sources[call.root])
@@ -310,7 +343,7 @@ def _outcome(
         if call.inplace:
             assert call.tensors is not None  # noqa: S101  (in place, so there are some)
             if each.owned:
-                views = _bundle.unpacked(unit, each.out, unit.specs)
+                views = _bundle.unpacked(each.out, unit.specs)
                 for place, view in zip(unit.places, views, strict=True):
                     call.tensors[place].copy_(view)
             for place in unit.places:
@@ -321,7 +354,7 @@ def _outcome(
 
 
 def _place(found: list[Any], unit: Unit, flat: torch.Tensor, specs: Sequence[Spec]) -> None:
-    views = _bundle.unpacked(unit, flat, specs)
+    views = _bundle.unpacked(flat, specs)
     for place, view in zip(unit.places, views, strict=True):
         # A view of a small one would keep the whole buffer alive.
         alone = view.nbytes == flat.untyped_storage().nbytes() or view.nbytes >= MIB
@@ -332,7 +365,7 @@ def _place_exchanged(found: list[Any], call: Call, each: Buffers, pieces: Sequen
     """Lay what every rank sent end to end, tensor by tensor."""
     numel = sum(piece.numel for piece in pieces)
     by_rank = [
-        _bundle.unpacked(each.unit, each.out[rank * numel : (rank + 1) * numel], pieces)
+        _bundle.unpacked(each.out[rank * numel : (rank + 1) * numel], pieces)
         for rank in range(call.size)
     ]
     for number, place in enumerate(each.unit.places):

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from aiordt.collective._engine import Engine, Steps
     from aiordt.transports.cma import CmaLink
 
-#: Of a reduction; two or three of them fit in a core's cache.
-_PIECE_NBYTES: Final = 256 * KIB
+#: Of a reduction: small enough for the cache, large enough for a system call each.
+_PIECE_NBYTES: Final = 512 * KIB
 #: Of a copy.
 _CHUNK_NBYTES: Final = 4 * MIB
 #: After so many bytes the thread looks whether the group goes on.
@@ -90,7 +90,7 @@ class DirectMover(Mover):
         if not step:
             return
         rooms = self._rooms(call.size * step * itemsize)
-        scratch = torch.empty(step, dtype=working_dtype(call.op, unit.dtype))
+        scratch = torch.empty(step, dtype=working_dtype(unit.dtype))
         room = step * itemsize
         for low in range(start, stop, step):
             high = min(low + step, stop)

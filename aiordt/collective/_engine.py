@@ -51,6 +51,8 @@ TO_RECEIVER: Final = 1
 TO_SENDER: Final = 2
 STORE: Final = 3
 END: Final = 4
+#: Whose turn it is, among operations that each member finds ready in another order.
+TURN: Final = 5
 #: The lane of calls without a tag; those with tag t have lane t.
 UNTAGGED: Final = -1
 #: For how long one waits for news of a member's end before blaming something else.
@@ -118,7 +120,7 @@ class _Operation:
         "steps", "waiting",
     )  # fmt: skip
 
-    def __init__(self, key: _Key, name: str, others: Sequence[int], steps: Steps) -> None:
+    def __init__(self, key: _Key, name: object, others: Sequence[int], steps: Steps) -> None:
         self.key = key
         self.name = name
         self.others = others
@@ -171,6 +173,7 @@ class Engine(Listener):
         self._news = threading.Condition()
         self._stops: list[Callable[[], None]] = []
         self._ready: deque[_Operation] = deque()
+        self._told: Callable[[tuple[int, int]], None] = lambda _: None
         self._attending = 0  # inside how many operations the thread takes turns
         mesh.start(self)
 
@@ -182,25 +185,27 @@ class Engine(Listener):
 
     async def call(
         self,
-        name: str,
+        name: object,
         steps: Steps,
         *,
         lane: int = UNTAGGED,
         kind: int = COLLECTIVE,
         other: int = -1,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
         light: bool = False,
+        numbered: Callable[[int], None] | None = None,
     ) -> Any:  # noqa: ANN401
         """Run an operation to its end.
 
         Args:
-            name: Of the call, for messages.
+            name: Of the call, for messages; made a string only then.
             steps: What it does.
             lane: The sequence of calls that it belongs to.
             kind: `COLLECTIVE`; of a message, `TO_RECEIVER` for its sender, else `TO_SENDER`.
             other: The member at the other end of a message.
             timeout: In seconds, after which the whole group ends.
             light: Whether it costs only microseconds once all others have spoken.
+            numbered: Told which call of its lane it is.
 
         Raises:
             GroupError: The group has ended.
@@ -214,6 +219,8 @@ class Engine(Listener):
             if self.over is not None:
                 raise self.over.error()
             number = next(self._numbers[kind, other, lane])
+            if numbered is not None:
+                numbered(number)
             operation = _Operation((kind, other, lane, number), name, others, steps)
             if timeout is not None:
                 operation.deadline = time.monotonic() + timeout
@@ -395,6 +402,9 @@ class Engine(Listener):
                 self._stored[str(key)] = bytes(value)
                 self._news.notify_all()
             return
+        if kind == TURN:
+            self._told((lane, number))
+            return
         if kind == COLLECTIVE:
             key = (COLLECTIVE, -1, lane, number)
         else:
@@ -435,6 +445,18 @@ class Engine(Listener):
         missing = ", ".join(map(self.label, late)) or "no member"
         why = f"{operation.name} timed out on rank {self.rank}, waiting for {missing}"
         self.end(Ended(closed=False, why=self.said(why)))
+
+    # --- turns -----------------------------------------------------------------------------
+
+    def on_turn(self, told: Callable[[tuple[int, int]], None]) -> None:
+        """Call ``told``, on the thread, with the lane and number that `tell_turn` was given."""
+        self._told = told
+
+    def tell_turn(self, key: tuple[int, int]) -> None:
+        """Tell all others that the operation of this lane and number is next."""
+        data = Frame(TURN, *key, b"").pack()
+        for other in self.others:
+            self.mesh.send(other, data)
 
     # --- the store -------------------------------------------------------------------------
 

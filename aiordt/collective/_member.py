@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from typing_extensions import override
 
 from aiordt import _runtime
+from aiordt._device import layer
 from aiordt._errors import AiordtError, InvalidTypeError, InvalidValueError, UsageError
 from aiordt._leaves import as_array, as_tensor, is_target
 from aiordt._tree import Flat
@@ -18,6 +19,8 @@ from aiordt.collective._service import groups_of
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
+
+    import torch
 
     from aiordt.collective._call import Call
     from aiordt.collective._service import Membership
@@ -71,6 +74,7 @@ class MemberGroup:
         """By what tensors move: ``"shm"``, ``"gloo"`` or ``"nccl"``."""
         return self._membership.backend
 
+    @override
     def __repr__(self) -> str:
         return f"<group {self.name!r}: rank {self.rank} of {self.size}, {self.backend}>"
 
@@ -345,15 +349,26 @@ class MemberGroup:
                     f"{kind}: tensors on {call.device.type}, but the group's backend is "
                     f"{self.backend!r}"
                 )
+            mover.check(call)
+            if call.device.type != "cpu":
+                call.ready = layer(call.device).record(call.device)
             steps = _call.collective(call, engine, mover)
         except UsageError as exc:
             # The others wait for this call: they are told, and this member stays in step.
             steps = _call.refusal(_call.Call(kind, self.rank, self.size), str(exc))
             await engine.call(kind, steps, lane=lane, timeout=timeout, light=True)
             raise
+        call.lane = lane
         outcome = await engine.call(
-            str(call.descriptor()), steps, lane=lane, timeout=timeout, light=call.light
+            call,
+            steps,
+            lane=lane,
+            timeout=timeout,
+            light=call.light,
+            numbered=lambda number: setattr(call, "number", number),
         )
+        if call.done is not None:
+            layer(call.device).wait_on_stream(call.device, call.done)
         if outcome is None:
             return None
         return _result(call, flat, t, *outcome)

@@ -112,7 +112,7 @@ class Mesh:
         self._buffer = bytearray(_RECEIVE_NBYTES)
         self._selector = selectors.DefaultSelector()
         for sock in (self._wake_reader, self._wake_writer, *socks.values()):
-            sock.setblocking(False)
+            sock.settimeout(0)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
         for line in self._lines.values():
             self._selector.register(line.sock, selectors.EVENT_READ, line)
@@ -182,7 +182,7 @@ class Mesh:
         try:
             while not self._closing:
                 self.turn(self._listener.deadline())
-        except Exception:
+        except Exception:  # noqa: BLE001  (the group ends, and says so)
             _log.exception("the thread of a group failed")
             self._listener.lost(-1, "the thread of the group failed")
         finally:

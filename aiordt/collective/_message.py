@@ -102,7 +102,7 @@ def receive(
                 view[start : start + len(piece)] = piece
         yield Step(_DONE, wait=False)
     for unit, flat in zip(units, flats, strict=True):
-        parts = _bundle.unpacked(unit, flat, unit.specs)
+        parts = _bundle.unpacked(flat, unit.specs)
         for place, part in zip(unit.places, parts, strict=True):
             if part.data_ptr() != tensors[place].data_ptr():
                 tensors[place].copy_(part)

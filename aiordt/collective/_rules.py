@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 import torch
+from typing_extensions import override
 
 from aiordt._errors import InvalidTypeError, InvalidValueError, ProtocolViolationError, UsageError
 from aiordt._types import DTYPE_CODES, DTYPES
@@ -66,7 +67,7 @@ def check_reduction(op: str, dtype: torch.dtype) -> None:
         raise InvalidTypeError("op='sum' of booleans: say 'bor', or convert to integers first")
 
 
-def working_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a reduction is computed in: half precision and below in float32, rounded once."""
     return torch.float32 if dtype in _WIDE else dtype
 
@@ -96,6 +97,7 @@ class Spec:
         """Size in bytes."""
         return self.numel * self.dtype.itemsize
 
+    @override
     def __str__(self) -> str:
         return f"{dtype_name(self.dtype)}{list(self.shape)}"
 
@@ -161,6 +163,7 @@ class Descriptor:
             raise ProtocolViolationError("not a descriptor of a collective") from exc
         return cls(kind, op, root, device, found, extra, error)
 
+    @override
     def __str__(self) -> str:
         tensors = "" if self.specs is None else _shown(self.specs)
         words = [tensors] if tensors else []

@@ -32,7 +32,7 @@ from aiordt._errors import (
 )
 from aiordt._progress import Workers, finish, post
 from aiordt._runtime import Runtime, Service
-from aiordt._wire import GroupMessage
+from aiordt._wire import TransportMessage
 from aiordt.collective._direct import DirectMover
 from aiordt.collective._engine import Ended, Engine
 from aiordt.collective._members import Member
@@ -41,13 +41,14 @@ from aiordt.transports.cma import CmaLink
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping
 
     from aiordt._wire import Message
     from aiordt.collective._call import Mover
 
 _log = logging.getLogger(__name__)
 
+#: Of the service, in requests.
+NAME: Final = "groups"
 #: Groups that may start their backends at once.
 _MAX_STARTING: Final = 8
 
@@ -92,6 +93,8 @@ def _stream_id(group: bytes, low: int, high: int) -> bytes:
 class Groups(Service):
     """See above. Made with each runtime."""
 
+    name = NAME
+
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._workers = Workers("group", _MAX_STARTING)
@@ -115,15 +118,12 @@ class Groups(Service):
     # --- on the io loop --------------------------------------------------------------------
 
     @override
-    async def serve(self, message: Message, peer_id: bytes) -> Message | None:
-        if not isinstance(message, GroupMessage):
-            return None
+    async def serve(self, request: TransportMessage, peer_id: bytes) -> Message:
         try:
-            body = msgpack.unpackb(message.body, strict_map_key=False)
-        except ValueError as exc:
-            raise ProtocolViolationError("not a message about a group") from exc
-        reply = await self.handle(message.group, message.verb, body)
-        return GroupMessage(message.group, message.verb, msgpack.packb(reply))
+            group, verb, body = msgpack.unpackb(request.body, strict_map_key=False)
+        except (ValueError, TypeError) as exc:
+            raise ProtocolViolationError("not a request about a group") from exc
+        return TransportMessage(NAME, msgpack.packb(await self.handle(group, verb, body)))
 
     async def handle(self, group: bytes, verb: str, body: Any) -> object:  # noqa: ANN401
         """Do what the creator of a group, or its user, asks for."""
@@ -221,7 +221,7 @@ class Groups(Service):
             raise GroupError("the group has ended here")
         future.set_result(sock)
 
-    async def _start(self, membership: Membership, backend: str, timeout: float) -> None:
+    async def _start(self, membership: Membership, backend: str, seconds: float) -> None:
         engine = membership.engine
         if engine is None:
             raise ProtocolViolationError("a group that has not met cannot start")
@@ -234,7 +234,7 @@ class Groups(Service):
             def connect() -> Mover:
                 from aiordt.collective.process_group import GlooMover  # noqa: PLC0415
 
-                return GlooMover(engine, host, timeout)
+                return GlooMover(engine, host, seconds)
 
             membership.movers["cpu"] = await finish(
                 self._workers.run(connect),
@@ -285,8 +285,3 @@ def groups_of(runtime: Runtime) -> Groups:
 
 
 _runtime.add_service(Groups)
-
-
-def describe(names: Mapping[str, object]) -> str:
-    """Names, as a message shows them."""
-    return ", ".join(map(repr, sorted(names)))

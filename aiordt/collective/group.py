@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
+from typing_extensions import override
 
 from aiordt import _ray, _runtime
 from aiordt._errors import (
@@ -14,13 +15,14 @@ from aiordt._errors import (
     GroupError,
     InvalidTypeError,
     InvalidValueError,
+    ProtocolViolationError,
     UnavailableError,
     UsageError,
 )
 from aiordt._progress import run_all
-from aiordt._wire import GroupMessage
+from aiordt._wire import TransportMessage
 from aiordt.collective._members import Member, find
-from aiordt.collective._service import groups_of
+from aiordt.collective._service import NAME, groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -186,6 +188,7 @@ class Group:
                 return rank
         raise UsageError(f"{actor!r} is not in group {self.name!r}")
 
+    @override
     def __repr__(self) -> str:
         return f"<group {self.name!r} of {self.size}, {self.backend}>"
 
@@ -247,10 +250,10 @@ class Group:
         address = self._members[rank].address
         if address.runtime_id == runtime.address.runtime_id:
             return await groups_of(runtime).handle(self._group, verb, body)
-        request = GroupMessage(self._group, verb, msgpack.packb(body))
+        request = TransportMessage(NAME, msgpack.packb((self._group, verb, body)))
         reply = await runtime.routes.peer(address).call(request)
-        if not isinstance(reply, GroupMessage):
-            raise GroupError("it answered something else")
+        if not isinstance(reply, TransportMessage):
+            raise ProtocolViolationError("it answered something else")
         return msgpack.unpackb(reply.body, strict_map_key=False)
 
 
