@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from aiordt.abc import Event
     from aiordt.collective._bundle import Unit
-    from aiordt.collective._engine import Engine, Steps
+    from aiordt.collective._engine import Steps
 
 #: Up to here the payload travels with the descriptor.
 INLINE_NBYTES: Final = 16 * KIB
@@ -143,7 +143,7 @@ class Buffers:
 class Mover(ABC):
     """Moves payloads that do not travel with descriptors."""
 
-    def check(self, call: Call) -> None:
+    def check(self, call: Call) -> None:  # noqa: B027  (most can do all)
         """Refuse what this backend cannot do, before anything is said.
 
         Raises:
@@ -169,14 +169,14 @@ class Mover(ABC):
         """
 
 
-def collective(call: Call, engine: Engine, mover: Mover) -> Steps:
+def collective(call: Call, mover: Mover) -> Steps:
     """The steps of a collective; its outcome is what `_outcome` gives."""
     descriptor = call.descriptor()
     inline = _is_inline(descriptor.specs, descriptor.device)
     says = b""
     if inline and (call.kind not in FROM_ROOT or call.rank == call.root):
         says = _inlined(call)
-    elif not inline:
+    elif not inline and call.tensors is not None:
         says = mover.announce(call)
     head = descriptor.pack()
     heard = yield Step(b"".join((_LENGTH.pack(len(head)), head, says)))
@@ -321,36 +321,36 @@ def _outcome(
     if not call.receives:
         return extra, None
     if call.kind in {"allgather", "gather"}:
-        by_rank = []
-        for rank in range(call.size):
-            found: list[Any] = [None] * len(specs)
-            for each in buffers:
-                numel = each.unit.numel
+        by_rank: list[list[Any]] = [[None] * len(specs) for _ in range(call.size)]
+        for each in buffers:
+            numel = each.unit.numel
+            for rank, found in enumerate(by_rank):
                 flat = each.out[rank * numel : (rank + 1) * numel]
                 _place(found, each.unit, flat, each.unit.specs)
-            by_rank.append(found)
         return extra, by_rank
     found = [None] * len(specs)
     for each in buffers:
-        unit = each.unit
+        pieces = each.unit.specs
         if call.kind in CUTTING:
-            pieces = [_bundle.piece_spec(spec, call.size, call.rank) for spec in unit.specs]
-            if call.kind == "alltoall":
-                _place_exchanged(found, call, each, pieces)
-            else:
-                _place(found, unit, each.out, pieces)
-            continue
-        if call.inplace:
-            assert call.tensors is not None  # noqa: S101  (in place, so there are some)
-            if each.owned:
-                views = _bundle.unpacked(each.out, unit.specs)
-                for place, view in zip(unit.places, views, strict=True):
-                    call.tensors[place].copy_(view)
-            for place in unit.places:
-                found[place] = call.tensors[place]
+            pieces = tuple(_bundle.piece_spec(spec, call.size, call.rank) for spec in pieces)
+        if call.kind == "alltoall":
+            _place_exchanged(found, call, each, pieces)
+        elif call.inplace and call.kind not in CUTTING:
+            _write_back(found, call, each)
         else:
-            _place(found, unit, each.out, unit.specs)
+            _place(found, each.unit, each.out, pieces)
     return extra, found
+
+
+def _write_back(found: list[Any], call: Call, each: Buffers) -> None:
+    """Results in the tensors that the call was made with."""
+    assert call.tensors is not None  # noqa: S101  (in place, so there are some)
+    if each.owned:
+        views = _bundle.unpacked(each.out, each.unit.specs)
+        for place, view in zip(each.unit.places, views, strict=True):
+            call.tensors[place].copy_(view)
+    for place in each.unit.places:
+        found[place] = call.tensors[place]
 
 
 def _place(found: list[Any], unit: Unit, flat: torch.Tensor, specs: Sequence[Spec]) -> None:

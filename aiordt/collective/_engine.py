@@ -349,6 +349,13 @@ class Engine(Listener):
             self._attending -= 1
         self.check()
 
+    async def catch_up(self) -> None:
+        """Wait until the thread has acted on what has arrived."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self.mesh.run(lambda: post(loop, settle, future, None, None))
+        await future
+
     # --- the end ---------------------------------------------------------------------------
 
     def said(self, why: str) -> str:

@@ -75,7 +75,7 @@ def _reduce_wide(
 ) -> None:
     """In float32, and rounded once."""
     total.copy_(sources[0])
-    function = _TORCH[op]
+    function: Any = _TORCH[op]
     for source in sources[1:]:
         function(total, source.float(), out=total)
     if op == "avg":

@@ -352,7 +352,7 @@ class MemberGroup:
             mover.check(call)
             if call.device.type != "cpu":
                 call.ready = layer(call.device).record(call.device)
-            steps = _call.collective(call, engine, mover)
+            steps = _call.collective(call, mover)
         except UsageError as exc:
             # The others wait for this call: they are told, and this member stays in step.
             steps = _call.refusal(_call.Call(kind, self.rank, self.size), str(exc))

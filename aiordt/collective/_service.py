@@ -22,10 +22,10 @@ import torch
 from typing_extensions import override
 
 from aiordt import _runtime
+from aiordt._device import layer
 from aiordt._errors import (
     AiordtError,
     GroupError,
-    InvalidValueError,
     ProtocolViolationError,
     UnavailableError,
     UsageError,
@@ -35,7 +35,7 @@ from aiordt._runtime import Runtime, Service
 from aiordt._wire import TransportMessage
 from aiordt.collective._direct import DirectMover
 from aiordt.collective._engine import Ended, Engine
-from aiordt.collective._members import Member
+from aiordt.collective._members import NAME, Member
 from aiordt.collective._mesh import Mesh
 from aiordt.transports.cma import CmaLink
 
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Of the service, in requests.
-NAME: Final = "groups"
 #: Groups that may start their backends at once.
 _MAX_STARTING: Final = 8
 
@@ -90,6 +88,14 @@ def _stream_id(group: bytes, low: int, high: int) -> bytes:
     return hashlib.blake2b(b"%d %d" % (low, high), key=group, digest_size=16).digest()
 
 
+def _gpu() -> str:
+    """Which GPU this process uses by default; empty: none. Blocks: it may wake CUDA."""
+    if not torch.cuda.is_available():
+        return ""
+    device = torch.device("cuda", torch.cuda.current_device())  # pragma: no cover  (needs a GPU)
+    return layer(device).identity(device)  # pragma: no cover
+
+
 class Groups(Service):
     """See above. Made with each runtime."""
 
@@ -127,7 +133,10 @@ class Groups(Service):
 
     async def handle(self, group: bytes, verb: str, body: Any) -> object:  # noqa: ANN401
         """Do what the creator of a group, or its user, asks for."""
+        if verb == "hello":
+            return None
         if verb == "enter":
+            await self._free(body[0])
             self._enter(group, body)
             return None
         if verb == "end":
@@ -142,6 +151,15 @@ class Groups(Service):
             await self._start(membership, *body)
             return None
         raise ProtocolViolationError(f"unknown request {verb!r} about a group")
+
+    async def _free(self, name: str) -> None:
+        """Let go of a group of that name that has ended, though its thread may not know yet."""
+        membership = self._by_name.get(name)
+        if membership is None or membership.engine is None:
+            return
+        await membership.engine.catch_up()
+        if membership.engine.over is not None:
+            self._forget(membership.group)
 
     def _enter(self, group: bytes, body: Any) -> None:  # noqa: ANN401
         name, rank, packed, timeout = body
@@ -159,7 +177,8 @@ class Groups(Service):
                 self._streams[stream] = (membership, other)
         self._by_id[group] = self._by_name[name] = membership
         why = f"group {name!r}: it did not form within {timeout} s"
-        membership.expiry = loop.call_later(timeout, self._leave, group, Ended(False, why))  # noqa: FBT003
+        late = Ended(closed=False, why=why)
+        membership.expiry = loop.call_later(timeout, self._leave, group, late)
 
     @override
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
@@ -190,7 +209,7 @@ class Groups(Service):
             mesh,
             lambda: post(self._runtime.io.loop, self._forget, group),
         )
-        return [reasons[0] if reasons else "", torch.cuda.is_available()]
+        return [reasons[0] if reasons else "", await self._workers.run(_gpu)]
 
     async def _reach(self, membership: Membership, rank: int) -> str:
         """Find out whether a member's memory can be read; why not, if not."""
@@ -221,27 +240,30 @@ class Groups(Service):
             raise GroupError("the group has ended here")
         future.set_result(sock)
 
-    async def _start(self, membership: Membership, backend: str, seconds: float) -> None:
+    async def _start(self, membership: Membership, backend: str, *rest: Any) -> None:  # noqa: ANN401
+        cuda, seconds = rest
         engine = membership.engine
         if engine is None:
             raise ProtocolViolationError("a group that has not met cannot start")
         membership.backend = backend
-        if backend == "shm":
-            membership.movers["cpu"] = DirectMover(engine, membership.links)
-        elif backend == "gloo":
-            host = self._runtime.address.host
+        host = self._runtime.address.host
 
-            def connect() -> Mover:
+        def connect() -> None:
+            # Not earlier: importing it takes a while, and others need no torch.distributed.
+            if backend == "gloo":
                 from aiordt.collective.process_group import GlooMover  # noqa: PLC0415
 
-                return GlooMover(engine, host, seconds)
+                membership.movers["cpu"] = GlooMover(engine, host, seconds)
+            if cuda:  # pragma: no cover  (needs GPUs)
+                from aiordt.collective.process_group import NcclMover  # noqa: PLC0415
 
-            membership.movers["cpu"] = await finish(
-                self._workers.run(connect),
-                lambda: engine.end(Ended(False, engine.said("starting it was cancelled"))),  # noqa: FBT003
-            )
-        else:
-            raise InvalidValueError(f"backend={backend!r} is not there")
+                membership.movers["cuda"] = NcclMover(engine, seconds)
+
+        if backend == "shm":
+            membership.movers["cpu"] = DirectMover(engine, membership.links)
+        if backend == "gloo" or cuda:
+            cancelled = Ended(closed=False, why=engine.said("starting it was cancelled"))
+            await finish(self._workers.run(connect), lambda: engine.end(cancelled))
         membership.started = True
         if membership.expiry is not None:
             membership.expiry.cancel()

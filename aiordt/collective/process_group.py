@@ -61,7 +61,7 @@ _WIDENED: Final = {
 }
 
 
-class _Store(dist.Store):
+class _Store(dist.Store):  # type: ignore[misc, name-defined]
     """Keys and values, told to all members over the mesh."""
 
     def __init__(self, engine: Engine, prefix: str, timeout: float) -> None:
@@ -369,7 +369,7 @@ class NcclMover(_GroupMover):  # pragma: no cover  (needs GPUs)
     NCCL says that an operation has ended when it is queued; events say when it has.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, timeout: float) -> None:
+    def __init__(self, engine: Engine, timeout: float) -> None:
         """Make the process groups; they connect at their first operation.
 
         Raises:
@@ -380,6 +380,7 @@ class NcclMover(_GroupMover):  # pragma: no cover  (needs GPUs)
         if made is None:
             reason = "this PyTorch was built without NCCL"
             raise UnavailableError(f"nccl: {reason}", reason=reason, transport="nccl")
+        device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._workers = Workers("nccl", 1)
