@@ -71,7 +71,7 @@ class MemberGroup:
 
     @property
     def backend(self) -> str:
-        """By what tensors move: ``"shm"``, ``"gloo"`` or ``"nccl"``."""
+        """How host memory is moved, ``"shm"`` or ``"gloo"``; or ``"nccl"``."""
         return self._membership.backend
 
     @override
