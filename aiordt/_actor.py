@@ -53,6 +53,8 @@ class AsyncActor:
 
         Raises:
             UsageError: There is none; says which there are.
+            GroupError: There was one, and it has failed.
+            ClosedError: There was one, and it was closed.
         """
         return group_here(name)
 

@@ -20,15 +20,16 @@ from aiordt._errors import OwnerDiedError
 from aiordt._types import KIB, MIB
 from aiordt.collective._bundle import plan, specs_of
 from aiordt.collective._call import Mover
-from aiordt.collective._engine import Step
 from aiordt.collective._kernels import reduce_pieces
 from aiordt.collective._rules import CUTTING, FROM_ROOT, REDUCING, working_dtype
+from aiordt.collective._steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from aiordt.collective._call import Buffers, Call
-    from aiordt.collective._engine import Engine, Steps
+    from aiordt.collective._engine import Engine
+    from aiordt.collective._steps import Steps
     from aiordt.transports.cma import CmaLink
 
 #: Of a reduction: small enough for the cache, large enough for a system call each.

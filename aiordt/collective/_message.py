@@ -10,20 +10,22 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 import torch
+from torch.autograd.graph import increment_version
 
 from aiordt._errors import OwnerDiedError, UsageError
 from aiordt._memory import view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
 from aiordt.collective._call import INLINE_NBYTES
-from aiordt.collective._engine import Step
 from aiordt.collective._rules import Descriptor, agree
+from aiordt.collective._steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aiordt.collective._bundle import Unit
-    from aiordt.collective._engine import Engine, Steps
+    from aiordt.collective._engine import Engine
+    from aiordt.collective._steps import Steps
     from aiordt.transports.cma import CmaLink
 
 _LENGTH: Final = struct.Struct("!I")
@@ -104,6 +106,7 @@ def receive(
         for place, part in zip(unit.places, parts, strict=True):
             if part.data_ptr() != tensors[place].data_ptr():
                 tensors[place].copy_(part)
+            increment_version(tensors[place])  # written to behind autograd's back
 
 
 def _room(unit: Unit, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -34,14 +34,16 @@ from aiordt._progress import Workers, finish, post
 from aiordt._runtime import Runtime, Service
 from aiordt._wire import TransportMessage
 from aiordt.collective._direct import DirectMover
-from aiordt.collective._engine import Ended, Engine
+from aiordt.collective._engine import Engine
 from aiordt.collective._members import NAME, Member
 from aiordt.collective._mesh import Mesh
+from aiordt.collective._steps import Ended
 from aiordt.transports.cma import CmaLink
 
 if TYPE_CHECKING:
     import socket
 
+    from aiordt._memory import Pool
     from aiordt._wire import Message
     from aiordt.collective._call import Mover
 
@@ -49,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 #: Groups that may start their backends at once.
 _MAX_STARTING: Final = 8
+#: Names of groups that have ended, and why.
+_MAX_REMEMBERED: Final = 100
 
 
 class Membership:
@@ -62,10 +66,14 @@ class Membership:
         engine: The operations; there once the members have met.
         links: To the memory of the others, where it can be read.
         movers: By type of device.
+        pool: Where memory for results comes from.
     """
 
-    def __init__(self, group: bytes, name: str, rank: int, members: list[Member]) -> None:
+    def __init__(
+        self, group: bytes, name: str, rank: int, members: list[Member], pool: Pool
+    ) -> None:
         self.group = group
+        self.pool = pool
         self.name = name
         self.rank = rank
         self.members = members
@@ -107,16 +115,22 @@ class Groups(Service):
         self._by_id: dict[bytes, Membership] = {}
         self._by_name: dict[str, Membership] = {}
         self._streams: dict[bytes, tuple[Membership, int]] = {}
+        self._over: dict[str, Ended] = {}  # the last ones
 
     def find(self, name: str) -> Membership:
         """The group of that name. Any thread.
 
         Raises:
-            UsageError: There is none (yet, or any more).
+            UsageError: There is none (yet).
+            GroupError: There was one, and it has failed.
+            ClosedError: There was one, and it was closed.
         """
         found = self._by_name.get(name)
         if found is not None and found.started:
             return found
+        over = self._over.get(name)
+        if over is not None:
+            raise over.error()
         names = sorted(each.name for each in list(self._by_name.values()) if each.started)
         there = f"its groups: {', '.join(map(repr, names))}" if names else "it is in no group"
         raise UsageError(f"this actor is not in a group {name!r}; {there}")
@@ -168,7 +182,7 @@ class Groups(Service):
         members = [Member.unpack(each) for each in packed]
         if members[rank].address.runtime_id != self._runtime.address.runtime_id:
             raise GroupError("it was restarted meanwhile")
-        membership = Membership(group, name, rank, members)
+        membership = Membership(group, name, rank, members, self._runtime.pool)
         loop = asyncio.get_running_loop()
         for other in range(len(members)):
             if other != rank:
@@ -176,6 +190,7 @@ class Groups(Service):
                 stream = _stream_id(group, min(rank, other), max(rank, other))
                 self._streams[stream] = (membership, other)
         self._by_id[group] = self._by_name[name] = membership
+        self._over.pop(name, None)
         why = f"group {name!r}: it did not form within {timeout} s"
         late = Ended(closed=False, why=why)
         membership.expiry = loop.call_later(timeout, self._leave, group, late)
@@ -283,6 +298,10 @@ class Groups(Service):
             return
         if self._by_name.get(membership.name) is membership:
             del self._by_name[membership.name]
+            if membership.started and membership.engine is not None and membership.engine.over:
+                self._over[membership.name] = membership.engine.over
+                while len(self._over) > _MAX_REMEMBERED:
+                    del self._over[next(iter(self._over))]
         if membership.expiry is not None:
             membership.expiry.cancel()
         for other in range(len(membership.members)):

@@ -42,8 +42,10 @@ async def test_a_group_has_members_and_ranks(nodes: Any, spawn: Any) -> None:
             group.rank_of(stranger)
         assert await everywhere([a, b, c], adds_up, group.name) == [2, 0, 1]
         assert "of 3, shm" in repr(group)
-    with pytest.raises(aiordt.UsageError, match="is in no group"):
+    with pytest.raises(aiordt.ClosedError, match="was closed"):
         await a.run.remote(adds_up, group.name)
+    with pytest.raises(aiordt.UsageError, match="not in a group 'other'; it is in no group"):
+        await a.run.remote(adds_up, "other")
 
 
 async def test_arguments_are_checked(nodes: Any) -> None:
@@ -167,7 +169,7 @@ async def test_from_inside_an_actor_and_passed_on(nodes: Any) -> None:
     assert await everywhere(nodes, adds_up) == [0, 1, 2]
     assert group.rank_of(nodes[2]) == 2
     assert await nodes[1].run.remote(close, [group]) == "<group 'g' of 3, shm>"
-    with pytest.raises(aiordt.UsageError, match="no group"):
+    with pytest.raises(aiordt.ClosedError, match="was closed"):
         await nodes[2].run.remote(adds_up)
 
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import override
 
 import aiordt
 from aiordt._errors import ProtocolViolationError
 from aiordt.collective import _bundle, _call, _message
-from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, Ended, Engine, Step
+from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, Engine
 from aiordt.collective._kernels import reduce_pieces
 from aiordt.collective._mesh import Mesh
 from aiordt.collective._rules import (
@@ -33,12 +34,13 @@ from aiordt.collective._rules import (
     structure,
     working_dtype,
 )
+from aiordt.collective._steps import Ended, Step
 from aiordt.testing import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aiordt.collective._engine import Steps
+    from aiordt.collective._steps import Steps
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float32, torch.int64, torch.bfloat16])
@@ -183,7 +185,8 @@ def test_trees_travel_by_their_structure() -> None:
 class Inline(_call.Mover):
     """Refuses what does not travel with its descriptor."""
 
-    def move(self, call: Any, buffers: Any, announced: Any) -> Steps:  # type: ignore[override]
+    @override
+    def move(self, call: Any, buffers: Any, announced: Any) -> Steps:
         raise NotImplementedError
         yield
 
