@@ -380,6 +380,8 @@ class Engine(Listener):
 
     @override
     def deadline(self) -> float | None:
+        if not self._deadlines:
+            return None
         with self._lock:
             while self._deadlines and not self._is_late(self._deadlines[0][2]):
                 heapq.heappop(self._deadlines)

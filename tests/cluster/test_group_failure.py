@@ -34,7 +34,7 @@ async def wait_for_peers(actor: Any, calls: list[str]) -> list[tuple[str, float]
         "small": lambda: g.allreduce(torch.ones(3)),
         "large": lambda: g.allreduce(large),
         "tagged": lambda: g.allreduce(torch.ones(1 << 16), tag=7),
-        "gather": lambda: g.allgather(torch.ones(9000), tag=8),
+        "gather": lambda: g.allgather(torch.ones(20_000), tag=8),
         "recv": lambda: g.recv(torch.ones(9), 2),
         "send": lambda: g.send(torch.ones(9000), 2),
         "barrier": lambda: g.barrier(tag=9),
