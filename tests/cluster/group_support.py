@@ -27,7 +27,7 @@ SIZES = [0, 1, 7, 70_000]
 async def grouped(
     actors: Sequence[Any], backend: str = "auto", name: str = "g"
 ) -> AsyncIterator[aiordt.Group]:
-    async with await aiordt.create_group(actors, backend, name) as group:
+    async with await aiordt.create_group(actors, backend, name, timeout=80) as group:
         yield group
 
 
