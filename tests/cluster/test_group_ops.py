@@ -253,6 +253,31 @@ async def test_tags_keep_calls_apart(nodes: Any, backend: str) -> None:  # GRP-2
         await everywhere(nodes, many_at_once)
 
 
+async def crossed(actor: Any) -> None:
+    """Two calls become ready at the same moment, each by another member's word."""
+    g = actor.group("g")
+    for number in range(40):
+        tags = {"a": 2 * number, "b": 2 * number + 1}
+        tensors = {name: torch.full((20_000,), float(tag)) for name, tag in tags.items()}
+
+        def start(name: str, tags: Any = tags, tensors: Any = tensors) -> Any:
+            return asyncio.ensure_future(g.allreduce(tensors[name], tag=tags[name]))
+
+        early = {0: ["a", "b"], 1: ["b"], 2: ["a"]}[g.rank]
+        calls = [start(name) for name in early]
+        await g.barrier()
+        calls += [start(name) for name in tags if name not in early]
+        await asyncio.gather(*calls)
+        for name, tag in tags.items():
+            assert float(tensors[name][0]) == float(tensors[name][-1]) == 3.0 * tag, (name, number)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_calls_that_are_ready_in_another_order(nodes: Any, backend: str) -> None:  # GRP-2
+    async with grouped(nodes, backend):
+        await everywhere(nodes, crossed)
+
+
 async def by_order(actor: Any) -> None:
     g = actor.group("g")
     tensors = [torch.full((3,), float(i)) for i in range(50)]
