@@ -123,6 +123,8 @@ class Flat:
         return self._tree if self._rebuild is None else self._rebuild(values)
 
     def _leaf(self, leaf: object) -> int:
+        if not self._every and len(self._indices) < len(self.leaves):
+            self._indices = {self._same(leaf): i for i, leaf in enumerate(self.leaves)}
         same = self._same(leaf)
         index = None if self._every else self._indices.get(same)
         if index is None:
@@ -157,7 +159,11 @@ class Flat:
         exact = type(value) is dict or type(value) is OrderedDict
         if exact and all(map(self._wanted, value.values())):  # a state dict: 3 times as fast
             keys, make = list(value), type(value)
-            indices = list(map(self._leaf, value.values()))
+            leaves = list(value.values())
+            if not self.leaves and len(set(map(self._same, leaves))) == len(leaves):
+                self.leaves = leaves
+                return lambda values: make(zip(keys, values[: len(keys)], strict=True))
+            indices = list(map(self._leaf, leaves))
             return lambda values: make(zip(keys, map(values.__getitem__, indices), strict=True))
         parts = {key: rebuild for key, item in value.items() if (rebuild := self._visit(item))}
         if not parts:
