@@ -173,9 +173,6 @@ class NixlLink(Link):
             self._check_open()
             try:
                 ranges = await self._remote.enter(parts)
-            except UnavailableError:
-                self._check_alive()
-                raise
             except AiordtError:
                 raise
             except Exception as exc:
