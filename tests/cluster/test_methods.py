@@ -13,6 +13,8 @@ import torch
 from typing_extensions import override
 
 import aiordt
+from aiordt._export import export_blocking
+from aiordt._runtime import current
 from tests.support import MIB, arange, eventually
 
 if TYPE_CHECKING:
@@ -94,6 +96,13 @@ class SyncOnly(aiordt.AsyncActor):
     @aiordt.method(resolve=True)
     def total(self, ref: Any) -> float:
         return float(ref["t"].sum())
+
+    def export_while_the_io_thread_is_held(self) -> bool:
+        io, done, late = current().io, threading.Event(), []
+        io.loop.call_soon_threadsafe(lambda: done.wait(20) or late.append("20 s"))
+        export_blocking(arange(MIB), "test", transport=None, snapshot=False)
+        done.set()
+        return not late
 
     @aiordt.method(snapshot=True)
     def stream(self, n: int) -> Iterator[torch.Tensor]:
@@ -224,6 +233,7 @@ async def test_sync_only_actor(nodes: Any, spawn: Any) -> None:
     assert await actor.total.remote(refs) == float(arange(2 * MIB).sum())
     values = [float((await (await out))[3]) async for out in actor.stream.remote(3)]
     assert values == [0.0, 1.0, 2.0]
+    assert await actor.export_while_the_io_thread_is_held.remote()
 
 
 async def test_named_detached_and_restarted(spawn: Any) -> None:
