@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import inspect
 import os
@@ -30,6 +31,7 @@ class NodeActor(aiordt.AsyncActor):
     def __init__(self, settings: dict[str, Any] | None = None) -> None:
         if settings:
             aiordt.configure(**settings)
+        gc.freeze()  # see tests/conftest.py
         self.kept: dict[str, Any] = {}
 
     @aiordt.method
@@ -109,8 +111,7 @@ async def drained(*nodes: Any) -> None:
 async def clean(*nodes: Any) -> None:
     """Let these actors forget what a test kept in them; see that nothing else is left."""
     gc.collect()
-    for node in nodes:
-        await node.run.remote(forget)
+    await asyncio.gather(*(node.run.remote(forget) for node in nodes))
     await drained(*nodes)
 
 

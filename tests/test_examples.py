@@ -22,7 +22,8 @@ def run(*args: str, cwd: Path, address: str = "") -> str:
         address: Of the cluster to use; without it, it makes one of its own.
     """
     name, *options = args
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    kept_out = ("RAY_ADDRESS", "COVERAGE_")
+    environment = {k: value for k, value in os.environ.items() if not k.startswith(kept_out)}
     if address:
         environment["RAY_ADDRESS"] = address
     # Refs that escape Ray's count are forbidden.
