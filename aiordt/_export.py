@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
+    from aiordt._device import Event
     from aiordt._exports import Export
-    from aiordt.abc import Event
 
 _CLONE_ON_LOOP_NBYTES: Final = MIB
 

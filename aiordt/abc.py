@@ -46,7 +46,6 @@ __all__ = [
     "Availability",
     "Context",
     "Cut",
-    "Event",
     "Io",
     "Link",
     "Part",
@@ -147,18 +146,6 @@ class Part:
         return self.key, self.index, self.cut
 
 
-class Event(Protocol):
-    """Work that was queued on a device, to be waited for."""
-
-    def done(self) -> bool:
-        """Whether the work has finished. Never blocks."""
-        ...
-
-    async def wait(self) -> None:
-        """Wait for the work without blocking the loop."""
-        ...
-
-
 @dataclass(slots=True)
 class Served:
     """Exported tensors that a transport reads from, held until it is done.
@@ -166,11 +153,9 @@ class Served:
     Attributes:
         views: Their bytes in the order of a `Part`, in host memory (packed, or staged there, where
             they are not contiguous, or on a device), whole.
-        ready: Has finished when `Source.open` gives it.
     """
 
     views: list[memoryview]
-    ready: Event
 
 
 class Source(ABC):
