@@ -13,7 +13,7 @@ import coverage
 import ray  # noqa: F401  (like torch, before coverage begins: it would slow imports down)
 import torch  # noqa: F401
 
-_MEASURED = "AIORDT_TESTS_COVERAGE"
+_MEASURED = "WORKER_COVERAGE"
 _COVERAGE = "COVERAGE_PROCESS_CONFIG"
 
 
