@@ -47,7 +47,6 @@ __all__ = [
     "Context",
     "Cut",
     "DrawingLink",
-    "Event",
     "Io",
     "Link",
     "Part",
@@ -148,18 +147,6 @@ class Part:
         return self.key, self.index, self.cut
 
 
-class Event(Protocol):
-    """Work that was queued on a device, to be waited for."""
-
-    def done(self) -> bool:
-        """Whether the work has finished. Never blocks."""
-        ...
-
-    async def wait(self) -> None:
-        """Wait for the work without blocking the loop."""
-        ...
-
-
 @dataclass(slots=True)
 class Served:
     """Exported tensors that a transport reads from, held until it is done.
@@ -167,11 +154,9 @@ class Served:
     Attributes:
         views: Their bytes in the order of a `Part`, in host memory (packed, or staged there, where
             they are not contiguous, or on a device), whole.
-        ready: Has finished when `Source.open` gives it.
     """
 
     views: list[memoryview]
-    ready: Event
 
 
 class Source(ABC):

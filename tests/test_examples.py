@@ -8,14 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ray
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*args: str, cwd: Path) -> str:
-    """Run an example to its end and return what it printed."""
+def run(*args: str, cwd: Path, address: str = "") -> str:
+    """Run an example to its end and return what it printed.
+
+    Args:
+        *args: Its name and options.
+        cwd: Where.
+        address: Of the cluster to use; without it, it makes one of its own.
+    """
     name, *options = args
-    # A cluster of its own, with refs that escape Ray's count forbidden.
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    kept_out = ("RAY_ADDRESS", "COVERAGE_")
+    environment = {k: value for k, value in os.environ.items() if not k.startswith(kept_out)}
+    if address:
+        environment["RAY_ADDRESS"] = address
+    # Refs that escape Ray's count are forbidden.
     environment["RAY_allow_out_of_band_object_ref_serialization"] = "0"
     finished = subprocess.run(  # noqa: S603
         [sys.executable, str(EXAMPLES / name), *options],
@@ -31,9 +42,10 @@ def run(*args: str, cwd: Path) -> str:
     return finished.stdout
 
 
-def test_quickstart(tmp_path: Path) -> None:
+def test_quickstart(cluster: None, tmp_path: Path) -> None:
     """Each step's weights arrive whole, and the next step is not seen too early."""
-    output = run("quickstart.py", cwd=tmp_path)
+    address = ray.get_runtime_context().gcs_address
+    output = run("quickstart.py", cwd=tmp_path, address=address)
     assert [line for line in output.splitlines() if line.startswith("step")] == [
         f"step {step}: got 16 MiB of {step}s from Trainer" for step in range(3)
     ]

@@ -205,7 +205,6 @@ class UcxTransport(Transport):
         if nbytes > _ucx_link.REPLY_NBYTES:
             raise ProtocolViolationError("that is too large for a reply")
         async with self._source.open(unpack_items(items), nbytes) as served:
-            await served.ready.wait()
             return b"".join(served.views)
 
     async def _serve_send(
@@ -228,7 +227,6 @@ class UcxTransport(Transport):
         endpoint, tag, shared = way
         try:
             async with self._source.open(items, nbytes) as served:  # held until UCX lets go (OWN-1)
-                await served.ready.wait()
                 phase("ucx.sending")
                 transfer = Outgoing(endpoint, tag, messages(served.views, shared=shared))
                 await self.run(
