@@ -10,10 +10,16 @@ context has no such cache; and without it UCX before 1.22 crashes when an endpoi
 or fails while a message waits to be fetched (openucx/ucx #11485). So there always is a cache,
 and where the hooks do not work it is told of a message's memory when the message is done.
 
+A TCP connection that is closed while the kernel has no room for all that was sent goes on with
+half of it, and when the other end has closed it, too, UCX (up to 1.22, at least) uses memory
+that it has freed (`uct_tcp_iface_handle_events`). So what was sent is flushed first.
+
 Invariants:
     UCX-3  The process's environment and signal handlers are what they were before ucxx came.
     UCX-6  UCX has a cache of registrations; if it did not see memory unmapped when it was
            started, none outlives its message.
+    UCX-7  An endpoint that has sent over TCP is closed when nothing of that waits to be taken
+           by the kernel, or when it has failed.
 """
 
 from __future__ import annotations
@@ -63,6 +69,8 @@ for _name, _result, _arguments in (
     ("ucp_request_check_status", c_int8, (c_void_p,)),
     ("ucp_request_cancel", None, (c_void_p, c_void_p)),
     ("ucp_request_free", None, (c_void_p,)),
+    ("ucp_ep_flush_nbx", c_void_p, (c_void_p, c_void_p)),
+    ("ucp_ep_query", c_int8, (c_void_p, c_void_p)),
     ("ucs_status_string", c_char_p, (c_int8,)),
     ("ucm_set_external_event", None, (c_int,)),
     ("ucm_unset_external_event", None, (c_int,)),
@@ -85,6 +93,12 @@ _LAST_ERROR: Final = -100
 _VM_UNMAPPED: Final = 1 << 17  # ucm_event_type_t
 #: Held while UCX believes that somebody else tells it what is unmapped, in the whole process.
 _external: Final = threading.Lock()
+
+#: ucp_ep_attr_t: mask of the fields asked for, what is not asked for, the lanes' array, how many
+#: there are, bytes of one (ucp_transport_entry_t: the names of transport and device).
+_ATTRIBUTES: Final = struct.Struct("=Q288xQI4xQ8x")
+_LANES_FIELD: Final = 1 << 3
+_MAX_LANES: Final = 64
 
 
 class UcxError(Exception):
@@ -191,13 +205,16 @@ class Endpoint:
         self._endpoint: _Endpoint | None = endpoint
         self._forget = forget
         self._handle = endpoint.handle
+        self._sent = False
+        self._closing = False
+        self._flush: Request | None = None
         self._failures: list[bool] = []
         endpoint.set_close_callback(self._failures.append, (True,))
 
     @property
     def alive(self) -> bool:
-        """Whether it was not closed, and has not failed."""
-        return self._endpoint is not None and not self._failures
+        """Whether it is not to be closed, and has not failed."""
+        return not self._closing and not self._failures
 
     def check(self) -> None:
         """Raise `UcxError` unless it is alive."""
@@ -211,15 +228,48 @@ class Endpoint:
             UcxError: The endpoint was closed.
         """
         self.check()
+        self._sent = True
         address, count, param, kept = _buffers(pieces)
         pointer = _ucp.ucp_tag_send_nbx(self._handle, address, count, tag, param)
         return Request(pointer, pieces, kept, forget=self._forget)
 
-    def close(self) -> None:
-        """Close it at once; what was sent ends with the next progress. Idempotent."""
-        endpoint, self._endpoint = self._endpoint, None
-        if endpoint is not None:
+    def close(self, *, force: bool = False) -> bool:
+        """Close it, now or, if something waits for TCP, later (UCX-7).
+
+        Nothing more can be sent. What was sent ends with the next progress after it is closed.
+
+        Args:
+            force: Close it now in any case: this process will not use UCX any more.
+
+        Returns:
+            Whether it is closed; else to be called again after the next progress.
+        """
+        self._closing = True
+        if self._endpoint is not None and (force or self._failures or self._idle()):
+            endpoint, self._endpoint = self._endpoint, None
             endpoint.close_blocking()  # which does not block, because it handles errors
+        return self._endpoint is None and (self._flush is None or self._flush.done)
+
+    def _idle(self) -> bool:
+        """Whether nothing that was sent waits for TCP; if something does, it is flushed."""
+        if not self._sent or b"tcp" not in self._transports():
+            return True
+        if self._flush is None or self._flush.done:
+            # Done at once only if nothing was sent since the last one.
+            pointer = _ucp.ucp_ep_flush_nbx(self._handle, _NO_PARAM)
+            self._flush = Request(pointer, (), None, forget=False)
+        return self._flush.done
+
+    def _transports(self) -> set[bytes | None]:
+        lanes = (c_char_p * (2 * _MAX_LANES))()
+        asked = ctypes.create_string_buffer(
+            _ATTRIBUTES.pack(
+                _LANES_FIELD, ctypes.addressof(lanes), _MAX_LANES, 2 * ctypes.sizeof(c_char_p)
+            )
+        )
+        _ucp.ucp_ep_query(self._handle, asked)
+        _, _, count, _ = _ATTRIBUTES.unpack_from(asked)
+        return set(lanes[: 2 * count : 2])
 
 
 def _start(settings: dict[str, str]) -> tuple[object, bool]:

@@ -40,6 +40,8 @@ _SHARED_NUM: Final = 256
 _SEGMENT_NBYTES: Final = 8 * MIB
 #: Receives that UCX is given at once; a cancelled transfer has to wait for its own.
 _WINDOW_NBYTES: Final = 64 * MIB
+#: Before UCX is ended, what waits for TCP may take so long.
+_FLUSH_SECONDS: Final = 1.0
 #: A cancelled transfer on an endpoint where nothing moves for so long ends with it.
 _PATIENCE_SECONDS: Final = 1.0
 
@@ -205,6 +207,8 @@ class UcxWorker:
         self._transfers: list[Transfer] = []
         self._receiving = 0  # bytes of posted receives
         self._endpoints: set[Endpoint] = set()
+        self._closing: set[Endpoint] = set()
+        self._quiet: asyncio.Future[None] | None = None
         self._wake()
 
     @property
@@ -225,10 +229,11 @@ class UcxWorker:
         return endpoint
 
     def disconnect(self, endpoint: Endpoint) -> None:
-        """Close an endpoint; its transfers end with an error. Idempotent."""
+        """Close an endpoint as soon as UCX can; its transfers end with an error. Idempotent."""
         if endpoint in self._endpoints:
             self._endpoints.discard(endpoint)
-            endpoint.close()
+            if not endpoint.close():
+                self._closing.add(endpoint)
             self._wake()
 
     async def carry_out(
@@ -304,6 +309,11 @@ class UcxWorker:
         for transfer in self._transfers:
             changed |= self._advance(transfer)
         self._transfers = [each for each in self._transfers if each.ended and not each.ended.done()]
+        closed = {endpoint for endpoint in self._closing if endpoint.close()}
+        self._closing -= closed
+        changed |= bool(closed)
+        if self._quiet is not None and not self._transfers and not self._closing:
+            settle(self._quiet, None, None)
         if changed or not self._ucp.arm():
             self._wake()
 
@@ -311,9 +321,13 @@ class UcxWorker:
         """End all transfers, with errors, and UCX. Idempotent."""
         for endpoint in list(self._endpoints):
             self.disconnect(endpoint)
-        while self._transfers:
-            await asyncio.wait([each.ended for each in self._transfers if each.ended])
-            await asyncio.sleep(0)
-        if self._ucp is not None:
-            self._loop.remove_reader(self._fd)
-            self._ucp = None
+        if self._quiet is None:
+            self._quiet = self._loop.create_future()
+            self._wake()
+        await asyncio.wait({self._quiet}, timeout=_FLUSH_SECONDS)
+        for endpoint in self._closing:
+            endpoint.close(force=True)
+        self._wake()
+        await self._quiet
+        self._loop.remove_reader(self._fd)
+        self._ucp = None
