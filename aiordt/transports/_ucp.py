@@ -28,13 +28,12 @@ import ctypes
 import os
 import struct
 import threading
-from array import array
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_int8, c_size_t, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator
 
 
 @contextmanager
@@ -79,11 +78,8 @@ for _name, _result, _arguments in (
 ):
     _function = getattr(_ucp, _name)
     _function.restype, _function.argtypes = _result, _arguments
-#: A ucp_request_param_t (more than large enough) of which no field is set ...
+#: A ucp_request_param_t (more than large enough) of which no field is set.
 _NO_PARAM: Final = ctypes.create_string_buffer(256)
-#: ... and one whose field ``datatype`` says that there are several buffers (ucp_dt_iov_t).
-_IOV_PARAM: Final = ctypes.create_string_buffer(256)
-struct.pack_into("=I20xQ", _IOV_PARAM, 0, 1 << 3, 2)
 _ALL_BITS: Final = (1 << 64) - 1
 # ucs_status_t, a packed enum: one byte
 _OK: Final = 0
@@ -142,14 +138,10 @@ class _Worker(Protocol):
     ) -> _Endpoint: ...
 
 
-def _buffers(pieces: Sequence[memoryview]) -> tuple[int, int, object, object]:
-    """Memory as UCX is told of it: address, count, parameter; and what else is to be kept."""
-    if len(pieces) == 1:
-        return Array(pieces[0]).ptr, len(pieces[0]), _NO_PARAM, None
-    entries = array("Q")
-    for piece in pieces:
-        entries.extend((Array(piece).ptr, len(piece)))
-    return entries.buffer_info()[0], len(pieces), _IOV_PARAM, entries
+def address_of(memory: memoryview) -> int:
+    """Where ``memory`` begins."""
+    address: int = Array(memory).ptr
+    return address
 
 
 class Request:
@@ -157,16 +149,12 @@ class Request:
 
     Args:
         pointer: What UCX returned.
-        pieces: The memory.
-        kept: What describes it to UCX.
+        memory: The memory.
         forget: Whether UCX would not see the memory unmapped (UCX-6).
     """
 
-    def __init__(
-        self, pointer: int | None, pieces: Sequence[memoryview], kept: object, *, forget: bool
-    ) -> None:
-        self._pieces = pieces
-        self._kept = kept
+    def __init__(self, pointer: int | None, memory: memoryview, *, forget: bool) -> None:
+        self._memory = memory
         self._forget = forget
         self._pointer = pointer or 0
         self._status = _IN_PROGRESS if self._pointer else _OK
@@ -181,8 +169,7 @@ class Request:
             if self._status != _IN_PROGRESS:
                 _ucp.ucp_request_free(self._pointer)
                 if self._forget:
-                    for piece in self._pieces:
-                        _ucp.ucm_vm_munmap(Array(piece).ptr, len(piece))
+                    _ucp.ucm_vm_munmap(address_of(self._memory), len(self._memory))
         return self._status != _IN_PROGRESS
 
     @property
@@ -221,17 +208,18 @@ class Endpoint:
         if not self.alive:
             raise UcxError("the endpoint was closed")
 
-    def send(self, pieces: Sequence[memoryview], tag: int) -> Request:
-        """Post a message: pieces of memory, laid end to end.
+    def send(self, memory: memoryview, tag: int) -> Request:
+        """Post a message.
 
         Raises:
             UcxError: The endpoint was closed.
         """
         self.check()
         self._sent = True
-        address, count, param, kept = _buffers(pieces)
-        pointer = _ucp.ucp_tag_send_nbx(self._handle, address, count, tag, param)
-        return Request(pointer, pieces, kept, forget=self._forget)
+        pointer = _ucp.ucp_tag_send_nbx(
+            self._handle, address_of(memory), len(memory), tag, _NO_PARAM
+        )
+        return Request(pointer, memory, forget=self._forget)
 
     def close(self, *, force: bool = False) -> bool:
         """Close it, now or, if something waits for TCP, later (UCX-7).
@@ -257,7 +245,7 @@ class Endpoint:
         if self._flush is None or self._flush.done:
             # Done at once only if nothing was sent since the last one.
             pointer = _ucp.ucp_ep_flush_nbx(self._handle, _NO_PARAM)
-            self._flush = Request(pointer, (), None, forget=False)
+            self._flush = Request(pointer, memoryview(b""), forget=False)
         return self._flush.done
 
     def _transports(self) -> set[bytes | None]:
@@ -333,11 +321,12 @@ class Ucp:
         except libucxx.UCXError as exc:
             raise UcxError(str(exc)) from exc
 
-    def receive(self, pieces: Sequence[memoryview], tag: int) -> Request:
-        """Post a receive into pieces of memory, of a message from anywhere."""
-        address, count, param, kept = _buffers(pieces)
-        pointer = _ucp.ucp_tag_recv_nbx(self._handle, address, count, tag, _ALL_BITS, param)
-        return Request(pointer, pieces, kept, forget=self._forget)
+    def receive(self, memory: memoryview, tag: int) -> Request:
+        """Post a receive into ``memory``, of a message from anywhere."""
+        pointer = _ucp.ucp_tag_recv_nbx(
+            self._handle, address_of(memory), len(memory), tag, _ALL_BITS, _NO_PARAM
+        )
+        return Request(pointer, memory, forget=self._forget)
 
     def cancel(self, request: Request) -> None:
         """Take a receive back, if no message has met it; of what was sent, nothing."""

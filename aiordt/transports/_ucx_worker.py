@@ -15,16 +15,18 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import mmap
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from typing_extensions import override
 
 from aiordt._errors import ClosedError
+from aiordt._memory import view_memory
 from aiordt._progress import finish, settle
-from aiordt._types import KIB, MIB
-from aiordt.transports._ucp import Ucp, UcxError
+from aiordt._types import MIB
+from aiordt.transports._ucp import Ucp, UcxError, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,10 +34,11 @@ if TYPE_CHECKING:
     from aiordt.transports._ucp import Endpoint, Request
 
 #: Smaller parts share a message, since each costs tens of microseconds ...
-_OWN_MESSAGE_NBYTES: Final = 64 * KIB
-#: ... up to this size and number.
-_SHARED_NBYTES: Final = 256 * KIB
-_SHARED_NUM: Final = 256
+_OWN_MESSAGE_NBYTES: Final = 1 * MIB
+#: ... up to this size: the processor's cache still has it when it is copied once more.
+_BLOCK_NBYTES: Final = 2 * MIB
+#: Blocks for such messages that a transfer has at a time, and that a worker keeps warm.
+_NUM_BLOCKS: Final = 4
 #: No message is larger: a cancelled transfer waits for those that are on their way.
 _SEGMENT_NBYTES: Final = 8 * MIB
 #: Receives that UCX is given at once; a cancelled transfer has to wait for its own.
@@ -49,7 +52,7 @@ _PATIENCE_SECONDS: Final = 1.0
 def messages(views: Sequence[memoryview], *, shared: bool) -> Iterator[list[memoryview]]:
     """The messages in which memory travels, each of them pieces laid end to end.
 
-    Both ends compute it, from their own views.
+    Both ends compute it, from the sizes of their own views.
 
     Args:
         views: What is to be sent, or where it is to go.
@@ -58,18 +61,66 @@ def messages(views: Sequence[memoryview], *, shared: bool) -> Iterator[list[memo
     small: list[memoryview] = []
     nbytes = 0
     for view in views:
-        if shared and len(view) < _OWN_MESSAGE_NBYTES:
-            if view:
-                small.append(view)
-                nbytes += len(view)
-            if nbytes >= _SHARED_NBYTES or len(small) == _SHARED_NUM:
+        size = len(view)
+        if shared and size < _OWN_MESSAGE_NBYTES:
+            if nbytes + size > _BLOCK_NBYTES:
                 yield small
                 small, nbytes = [], 0
+            if size:
+                small.append(view)
+                nbytes += size
             continue
-        for start in range(0, len(view), _SEGMENT_NBYTES):
+        for start in range(0, size, _SEGMENT_NBYTES):
             yield [view[start : start + _SEGMENT_NBYTES]]
     if small:
         yield small
+
+
+def _joined(pieces: Sequence[memoryview]) -> memoryview | None:
+    """Pieces that lie end to end in memory, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    start = end = address_of(pieces[0])
+    for piece in pieces:
+        if address_of(piece) != end:
+            return None
+        end += len(piece)
+    return view_memory(start, end - start, writable=not pieces[0].readonly)
+
+
+def _places(
+    block: memoryview, pieces: Sequence[memoryview]
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Each piece, and its place in the block."""
+    end = 0
+    for piece in pieces:
+        start, end = end, end + len(piece)
+        yield piece, block[start:end]
+
+
+class Blocks:
+    """Memory in which small pieces travel together, kept warm."""
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """A block of `_BLOCK_NBYTES`."""
+        return self._free.pop() if self._free else memoryview(mmap.mmap(-1, _BLOCK_NBYTES))
+
+    def give(self, block: memoryview) -> None:
+        """Give one back."""
+        if len(self._free) < _NUM_BLOCKS:
+            self._free.append(block)
+
+
+class _Posted(NamedTuple):
+    """A message that UCX was given."""
+
+    request: Request
+    pieces: Sequence[memoryview]
+    nbytes: int
+    block: memoryview | None  # where they are laid end to end, if they do not lie so
 
 
 class Transfer(ABC):
@@ -87,6 +138,8 @@ class Transfer(ABC):
         ended: Done when UCX has let go of all its memory (UCX-1).
     """
 
+    _sends: ClassVar[bool]
+
     def __init__(
         self, endpoint: Endpoint, tag: int, messages: Iterable[Sequence[memoryview]]
     ) -> None:
@@ -97,7 +150,8 @@ class Transfer(ABC):
         self.ended: asyncio.Future[None] | None = None
         self._tag = tag
         self._left = deque(messages)
-        self._posted: deque[tuple[Request, Sequence[memoryview]]] = deque()
+        self._posted: deque[_Posted] = deque()
+        self._num_blocks = 0
         self._stopped = False
 
     @property
@@ -108,34 +162,30 @@ class Transfer(ABC):
     def stop(self, ucp: Ucp) -> None:
         """Post nothing more, and take back what can be; it ends when the rest has."""
         self._stopped = True
-        for request, _ in self._posted:
-            ucp.cancel(request)
+        for posted in self._posted:
+            ucp.cancel(posted.request)
 
-    def advance(self, ucp: Ucp, room: int) -> bool:
+    def advance(self, ucp: Ucp, blocks: Blocks, room: int) -> bool:
         """Take what UCX has completed, and post what fits into ``room`` bytes.
 
         Returns:
             Whether anything was posted, or taken back: UCX has something to do.
         """
-        while self._posted and self._posted[0][0].done:
-            request, pieces = self._posted.popleft()
-            self.in_flight -= sum(map(len, pieces))
-            self.num_done += 1
-            if request.canceled and self._stopped:
-                self._left.append(pieces)
-            elif request.error is not None:
-                self._fail(request.error, ucp)
+        while self._posted and self._posted[0].request.done:
+            self._complete(self._posted.popleft(), ucp, blocks)
         changed = False
         try:
             if self._posted and not self._stopped:
                 self.endpoint.check()  # receives that have met no message end with it, too
             while self._left and not self._stopped and (room > 0 or not self._posted):
                 pieces = self._left[0]
-                self._posted.append((self._post(ucp, pieces), pieces))
+                if len(pieces) > 1 and self._num_blocks == _NUM_BLOCKS:
+                    break
+                posted = self._post(ucp, pieces, blocks)
                 self._left.popleft()
-                nbytes = sum(map(len, pieces))
-                self.in_flight += nbytes
-                room -= nbytes
+                self._posted.append(posted)
+                self.in_flight += posted.nbytes
+                room -= posted.nbytes
                 changed = True
         except UcxError as exc:
             self._fail(exc, ucp)
@@ -144,29 +194,59 @@ class Transfer(ABC):
             settle(self.ended, None, self.error)
         return changed
 
+    def _complete(self, posted: _Posted, ucp: Ucp, blocks: Blocks) -> None:
+        self.in_flight -= posted.nbytes
+        self.num_done += 1
+        error = posted.request.error
+        if posted.request.canceled and self._stopped:
+            self._left.append(posted.pieces)
+        elif error is not None:
+            self._fail(error, ucp)
+        if posted.block is not None:
+            if error is None and not self._sends:
+                for piece, place in _places(posted.block, posted.pieces):
+                    piece[:] = place
+            blocks.give(posted.block)
+            self._num_blocks -= 1
+
+    def _post(self, ucp: Ucp, pieces: Sequence[memoryview], blocks: Blocks) -> _Posted:
+        self.endpoint.check()  # of an `Incoming`, nothing would come
+        memory, block = _joined(pieces), None
+        if memory is None:
+            block = blocks.take()
+            memory = block[: sum(map(len, pieces))]
+            self._num_blocks += 1
+            if self._sends:
+                for piece, place in _places(block, pieces):
+                    place[:] = piece
+        return _Posted(self._give(ucp, memory), pieces, len(memory), block)
+
     def _fail(self, error: UcxError, ucp: Ucp) -> None:
         self.error = self.error or error
         self.stop(ucp)
 
     @abstractmethod
-    def _post(self, ucp: Ucp, pieces: Sequence[memoryview]) -> Request: ...
+    def _give(self, ucp: Ucp, memory: memoryview) -> Request: ...
 
 
 class Outgoing(Transfer):
     """Messages to send."""
 
+    _sends: ClassVar[bool] = True
+
     @override
-    def _post(self, ucp: Ucp, pieces: Sequence[memoryview]) -> Request:
-        return self.endpoint.send(pieces, self._tag)
+    def _give(self, ucp: Ucp, memory: memoryview) -> Request:
+        return self.endpoint.send(memory, self._tag)
 
 
 class Incoming(Transfer):
     """Messages to receive."""
 
+    _sends: ClassVar[bool] = False
+
     @override
-    def _post(self, ucp: Ucp, pieces: Sequence[memoryview]) -> Request:
-        self.endpoint.check()  # nothing would come
-        return ucp.receive(pieces, self._tag)
+    def _give(self, ucp: Ucp, memory: memoryview) -> Request:
+        return ucp.receive(memory, self._tag)
 
 
 class Unwanted(Incoming):
@@ -205,6 +285,7 @@ class UcxWorker:
         self._loop.add_reader(self._fd, self._progress)
         self._woken = False
         self._transfers: list[Transfer] = []
+        self._blocks = Blocks()
         self._receiving = 0  # bytes of posted receives
         self._endpoints: set[Endpoint] = set()
         self._closing: set[Endpoint] = set()
@@ -288,9 +369,11 @@ class UcxWorker:
 
     def _advance(self, transfer: Transfer) -> bool:
         if isinstance(transfer, Outgoing):
-            return transfer.advance(self._running, 1 << 62)  # the other end sets the pace
+            return transfer.advance(
+                self._running, self._blocks, 1 << 62
+            )  # the other end sets the pace
         before = transfer.in_flight
-        changed = transfer.advance(self._running, _WINDOW_NBYTES - self._receiving)
+        changed = transfer.advance(self._running, self._blocks, _WINDOW_NBYTES - self._receiving)
         self._receiving += transfer.in_flight - before
         return changed
 

@@ -28,7 +28,7 @@ from aiordt._errors import (
     TransferError,
     UnavailableError,
 )
-from aiordt._types import KIB, MIB
+from aiordt._types import MIB
 from aiordt.abc import Part, TransportMessage
 from aiordt.testing import (
     Leaks,
@@ -53,7 +53,12 @@ pytestmark = pytest.mark.skipif(not probe("ucx").usable, reason=f"ucx: {probe('u
 if probe("ucx").usable:
     from aiordt.transports._ucp import UcxError
     from aiordt.transports._ucx_link import UcxLink
-    from aiordt.transports._ucx_worker import Incoming, messages
+    from aiordt.transports._ucx_worker import (
+        _BLOCK_NBYTES,
+        _SEGMENT_NBYTES,
+        Incoming,
+        messages,
+    )
     from aiordt.transports.ucx import UcxTransport
 
 #: Of a large read: several messages, more than are received at once.
@@ -76,7 +81,10 @@ class Ends:
         return link
 
     def export(self, nbytes: int) -> bytes:
-        export = self.owner.registry.begin([self.tensor[:nbytes]], "test")
+        return self.export_each([self.tensor[:nbytes]])
+
+    def export_each(self, tensors: list[torch.Tensor]) -> bytes:
+        export = self.owner.registry.begin(tensors, "test")
         self.owner.registry.commit(export, [object()])
         return export.key
 
@@ -171,7 +179,9 @@ async def test_conformance_over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(
-    sizes=st.lists(st.sampled_from((0, 1, 5000, 16 * KIB, 100_000, 9 * MIB)), max_size=60),
+    sizes=st.lists(
+        st.sampled_from((0, 1, 5000, 100_000, MIB - 1, MIB, 9 * MIB, 40 * MIB)), max_size=60
+    ),
     shared=st.booleans(),
 )
 def test_messages_hold_every_byte_once_in_order(sizes: list[int], *, shared: bool) -> None:
@@ -179,10 +189,41 @@ def test_messages_hold_every_byte_once_in_order(sizes: list[int], *, shared: boo
     made = list(messages([memory[:size] for size in sizes], shared=shared))
     assert all(piece for message in made for piece in message)
     assert sum(len(piece) for message in made for piece in message) == sum(sizes)
-    assert shared or all(len(message) == 1 for message in made)
-    assert all(sum(map(len, message)) <= 8 * MIB for message in made)
-    small = sum(size for size in sizes if size < 64 * KIB)
-    assert sum(len(message) > 1 for message in made) <= 1 + small // (256 * KIB)
+    assert all(sum(map(len, message)) <= _BLOCK_NBYTES for message in made if len(message) > 1)
+    assert all(sum(map(len, message)) <= _SEGMENT_NBYTES for message in made)
+    if not shared:
+        assert all(len(message) == 1 for message in made)
+        return
+    small = [size for size in sizes if 0 < size < MIB]
+    packed = [message for message in made if len(message[0]) < MIB]
+    assert [len(piece) for message in packed for piece in message] == small
+    assert len(packed) <= 1 + sum(small) // MIB
+
+
+@pytest.mark.parametrize("gap", [0, 64])
+async def test_small_parts_travel_together(ends: Ends, gap: int) -> None:  # OWN-1
+    """Into memory that is in one piece or not; what lies between is not touched."""
+    size = 100_000
+    step, count = size + gap, LARGE // size
+    target = torch.zeros(count * step, dtype=torch.uint8)
+    key = ends.export_each(list(ends.tensor.split(size)[:count]))
+    parts = [Part(key, i, 0, target.data_ptr() + i * step, size) for i in range(count)]
+    await ends.link.read(parts)
+    got = target.view(count, step)
+    assert torch.equal(got[:, :size].flatten(), ends.tensor[: count * size])
+    assert not bool(got[:, size:].any())
+    loop = asyncio.get_running_loop()
+    for name in ("ucx.asking", "ucx.sending", "ucx.receiving"):
+        task = asyncio.create_task(ends.link.read(parts))
+        with at_phase(name, lambda t=task: loop.call_soon_threadsafe(t.cancel)) as phases:  # type: ignore[misc]
+            await asyncio.wait({task}, timeout=10)
+            await phases.wait_reached()
+        if not task.cancelled():
+            task.result()
+        target.fill_(7)
+        await ends.quiet()
+        assert bool((target == 7).all()), "OWN-1"
+    await ends.read()
 
 
 # --- UCX-4: nothing is left behind --------------------------------------------------------------
@@ -563,7 +604,7 @@ def test_the_interface_of_an_address_is_found() -> None:
 _WITHOUT_HOOKS = """
 import asyncio, ctypes, sys
 sys.path.insert(0, sys.argv[1])
-from test_ucx import LARGE, MIB, Ends
+from test_ucx import LARGE, _SEGMENT_NBYTES, Ends
 from aiordt.transports._ucp import _ucp
 
 unmapped = []
@@ -583,7 +624,7 @@ async def main():
     _ucp.ucm_unset_event_handler(vm_unmapped, note, None)
     source = ends.tensor.data_ptr()
     assert sum(nbytes for _, nbytes in unmapped) == 2 * LARGE, "at both ends"
-    assert {at for at, _ in unmapped} >= set(range(source, source + LARGE, 8 * MIB))
+    assert {at for at, _ in unmapped} >= set(range(source, source + LARGE, _SEGMENT_NBYTES))
     await ends.close()
 
 asyncio.run(main())
