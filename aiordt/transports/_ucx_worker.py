@@ -26,19 +26,23 @@ from aiordt._errors import ClosedError
 from aiordt._memory import view_memory
 from aiordt._progress import finish, settle
 from aiordt._types import MIB
-from aiordt.transports._ucp import Ucp, UcxError, address_of
+from aiordt.transports._ucp import Ucp, UcxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from aiordt.abc import Part
     from aiordt.transports._ucp import Endpoint, Request
 
+#: As of tensors that lie next to each other in one piece of memory.
+ALIGNMENT: Final = 64
 #: Smaller parts share a message, since each costs tens of microseconds ...
 _OWN_MESSAGE_NBYTES: Final = 1 * MIB
 #: ... up to this size: the processor's cache still has it when it is copied once more.
 _BLOCK_NBYTES: Final = 2 * MIB
-#: Blocks for such messages that a transfer has at a time, and that a worker keeps warm.
-_NUM_BLOCKS: Final = 4
+#: Blocks for such messages that a worker keeps warm; while so many are taken, a transfer takes
+#: another one only if it waits for nothing else.
+_NUM_BLOCKS: Final = 8
 #: No message is larger: a cancelled transfer waits for those that are on their way.
 _SEGMENT_NBYTES: Final = 8 * MIB
 #: Receives that UCX is given at once; a cancelled transfer has to wait for its own.
@@ -49,43 +53,59 @@ _FLUSH_SECONDS: Final = 1.0
 _PATIENCE_SECONDS: Final = 1.0
 
 
-def messages(views: Sequence[memoryview], *, shared: bool) -> Iterator[list[memoryview]]:
-    """The messages in which memory travels, each of them pieces laid end to end.
+class Piece(NamedTuple):
+    """Some of a read's memory: of its part number ``place``, so many bytes from ``start`` on."""
 
-    Both ends compute it, from the sizes of their own views.
+    place: int
+    start: int
+    nbytes: int
+
+
+def messages(sizes: Iterable[int], *, shared: bool) -> Iterator[list[Piece]]:
+    """The messages in which the parts of a read travel: pieces of them, laid end to end.
+
+    Both ends compute it.
 
     Args:
-        views: What is to be sent, or where it is to go.
+        sizes: Bytes of each part.
         shared: Whether small ones may share a message: not where they are on several devices.
     """
-    small: list[memoryview] = []
-    nbytes = 0
-    for view in views:
-        size = len(view)
-        if shared and size < _OWN_MESSAGE_NBYTES:
-            if nbytes + size > _BLOCK_NBYTES:
+    small: list[Piece] = []
+    room = _BLOCK_NBYTES
+    for place, size in enumerate(sizes):
+        if shared and 0 < size < _OWN_MESSAGE_NBYTES:
+            taken = -(-size // ALIGNMENT) * ALIGNMENT  # as where they arrive, if next to each other
+            if taken > room:
                 yield small
-                small, nbytes = [], 0
-            if size:
-                small.append(view)
-                nbytes += size
+                small, room = [], _BLOCK_NBYTES
+            small.append(Piece(place, 0, size))
+            room -= taken
             continue
         for start in range(0, size, _SEGMENT_NBYTES):
-            yield [view[start : start + _SEGMENT_NBYTES]]
+            yield [Piece(place, start, min(size - start, _SEGMENT_NBYTES))]
     if small:
         yield small
 
 
-def _joined(pieces: Sequence[memoryview]) -> memoryview | None:
-    """Pieces that lie end to end in memory, as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    start = end = address_of(pieces[0])
-    for piece in pieces:
-        if address_of(piece) != end:
-            return None
-        end += len(piece)
-    return view_memory(start, end - start, writable=not pieces[0].readonly)
+def memory_to_send(views: Sequence[memoryview], *, shared: bool) -> Iterator[list[memoryview]]:
+    """The memory of each message, from that of each part."""
+    for pieces in messages(map(len, views), shared=shared):
+        yield [views[place][start : start + nbytes] for place, start, nbytes in pieces]
+
+
+def memory_to_receive(parts: Sequence[Part], *, shared: bool) -> Iterator[list[memoryview]]:
+    """The memory of each message, in one where it lies end to end."""
+    for pieces in messages([part.nbytes for part in parts], shared=shared):
+        runs: list[tuple[int, int]] = []
+        end = 0
+        for place, start, nbytes in pieces:
+            at = parts[place].target + start
+            if runs and at == end:
+                runs[-1] = (runs[-1][0], runs[-1][1] + nbytes)
+            else:
+                runs.append((at, nbytes))
+            end = at + nbytes
+        yield [view_memory(at, nbytes, writable=True) for at, nbytes in runs]
 
 
 def _places(
@@ -103,13 +123,21 @@ class Blocks:
 
     def __init__(self) -> None:
         self._free: list[memoryview] = []
+        self._num_taken = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether those that have one are to take no more."""
+        return self._num_taken >= _NUM_BLOCKS
 
     def take(self) -> memoryview:
         """A block of `_BLOCK_NBYTES`."""
+        self._num_taken += 1
         return self._free.pop() if self._free else memoryview(mmap.mmap(-1, _BLOCK_NBYTES))
 
     def give(self, block: memoryview) -> None:
         """Give one back."""
+        self._num_taken -= 1
         if len(self._free) < _NUM_BLOCKS:
             self._free.append(block)
 
@@ -151,7 +179,6 @@ class Transfer(ABC):
         self._tag = tag
         self._left = deque(messages)
         self._posted: deque[_Posted] = deque()
-        self._num_blocks = 0
         self._stopped = False
 
     @property
@@ -179,7 +206,7 @@ class Transfer(ABC):
                 self.endpoint.check()  # receives that have met no message end with it, too
             while self._left and not self._stopped and (room > 0 or not self._posted):
                 pieces = self._left[0]
-                if len(pieces) > 1 and self._num_blocks == _NUM_BLOCKS:
+                if len(pieces) > 1 and self._posted and blocks.exhausted:
                     break
                 posted = self._post(ucp, pieces, blocks)
                 self._left.popleft()
@@ -207,15 +234,13 @@ class Transfer(ABC):
                 for piece, place in _places(posted.block, posted.pieces):
                     piece[:] = place
             blocks.give(posted.block)
-            self._num_blocks -= 1
 
     def _post(self, ucp: Ucp, pieces: Sequence[memoryview], blocks: Blocks) -> _Posted:
         self.endpoint.check()  # of an `Incoming`, nothing would come
-        memory, block = _joined(pieces), None
-        if memory is None:
+        memory, block = pieces[0], None
+        if len(pieces) > 1:
             block = blocks.take()
             memory = block[: sum(map(len, pieces))]
-            self._num_blocks += 1
             if self._sends:
                 for piece, place in _places(block, pieces):
                     place[:] = piece

@@ -42,7 +42,7 @@ from aiordt.transports import _ucx_link
 from aiordt.transports._ucp import UcxError
 from aiordt.transports._ucx_devices import missing_rdma, network_device
 from aiordt.transports._ucx_link import UcxLink, connect_endpoint, fields, packed
-from aiordt.transports._ucx_worker import Outgoing, UcxWorker, messages
+from aiordt.transports._ucx_worker import Outgoing, UcxWorker, memory_to_send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -230,7 +230,7 @@ class UcxTransport(Transport):
             async with self._source.open(items, nbytes) as served:  # held until UCX lets go (OWN-1)
                 await served.ready.wait()
                 phase("ucx.sending")
-                transfer = Outgoing(endpoint, tag, messages(served.views, shared=shared))
+                transfer = Outgoing(endpoint, tag, memory_to_send(served.views, shared=shared))
                 await self.run(
                     self.worker.carry_out(
                         transfer, lambda: post(self.io.loop, settle, started, None, None)
