@@ -6,6 +6,10 @@ UCX do all there is to do in one call, without the GIL: on the io loop that call
 for a copy, more over TCP) would hold up every peer, and beside a busy interpreter each of
 many calls would wait for the GIL.
 
+Parts smaller than 1 MiB are packed into blocks by their sender, a few blocks ahead of its
+receiver, and taken apart there unless they go to memory that is in one piece. UCX would do
+that by itself, for a list of buffers, but takes many times as long.
+
 Invariants:
     UCX-1  A transfer ends when UCX has let go of all its memory, not earlier: its messages
            are complete, or their endpoint is closed.
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from aiordt.transports._ucp import Endpoint, Request
 
 #: As of tensors that lie next to each other in one piece of memory.
-ALIGNMENT: Final = 64
+_ALIGNMENT: Final = 64
 #: Smaller parts share a message, since each costs tens of microseconds ...
 _OWN_MESSAGE_NBYTES: Final = 1 * MIB
 #: ... up to this size: the processor's cache still has it when it is copied once more.
@@ -44,9 +48,9 @@ _BLOCK_NBYTES: Final = 2 * MIB
 #: another one only if it waits for nothing else.
 _NUM_BLOCKS: Final = 8
 #: No message is larger: a cancelled transfer waits for those that are on their way.
-_SEGMENT_NBYTES: Final = 8 * MIB
+_SEGMENT_NBYTES: Final = 32 * MIB
 #: Receives that UCX is given at once; a cancelled transfer has to wait for its own.
-_WINDOW_NBYTES: Final = 64 * MIB
+_WINDOW_NBYTES: Final = 128 * MIB
 #: Before UCX is ended, what waits for TCP may take so long.
 _FLUSH_SECONDS: Final = 1.0
 #: A cancelled transfer on an endpoint where nothing moves for so long ends with it.
@@ -74,7 +78,9 @@ def messages(sizes: Iterable[int], *, shared: bool) -> Iterator[list[Piece]]:
     room = _BLOCK_NBYTES
     for place, size in enumerate(sizes):
         if shared and 0 < size < _OWN_MESSAGE_NBYTES:
-            taken = -(-size // ALIGNMENT) * ALIGNMENT  # as where they arrive, if next to each other
+            taken = (
+                -(-size // _ALIGNMENT) * _ALIGNMENT
+            )  # as where they arrive, if next to each other
             if taken > room:
                 yield small
                 small, room = [], _BLOCK_NBYTES

@@ -4,8 +4,8 @@ A consumer asks over the control connection. The owner posts all messages of the
 once and replies; of a large message only its announcement travels until the consumer posts
 the receive, and it does so a few at a time. So the consumer sets the pace, the owner has
 nothing to do in between, and what a cancelled read does not want any more ends, unmoved, by
-receives that are too short (nothing that was sent can be taken back). Up to `REPLY_NBYTES`
-come in the reply.
+receives that are too short (nothing that was sent can be taken back). Small parts are packed
+by the owner, as the consumer takes them. Up to `REPLY_NBYTES` come in the reply.
 
 The control requests are authenticated; the messages of UCX are not, nor are they encrypted.
 

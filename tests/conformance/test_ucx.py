@@ -62,7 +62,7 @@ if probe("ucx").usable:
     from aiordt.transports.ucx import UcxTransport
 
 #: Of a large read: several messages, more than are received at once.
-LARGE = 100 * MIB
+LARGE = 160 * MIB
 
 
 class Ends:
