@@ -78,9 +78,7 @@ def messages(sizes: Iterable[int], *, shared: bool) -> Iterator[list[Piece]]:
     room = _BLOCK_NBYTES
     for place, size in enumerate(sizes):
         if shared and 0 < size < _OWN_MESSAGE_NBYTES:
-            taken = (
-                -(-size // _ALIGNMENT) * _ALIGNMENT
-            )  # as where they arrive, if next to each other
+            taken = -(-size // _ALIGNMENT) * _ALIGNMENT  # as where they may arrive in one piece
             if taken > room:
                 yield small
                 small, room = [], _BLOCK_NBYTES
