@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from aiordt import _wire
-from aiordt._errors import AiordtError, GroupError
+from aiordt._errors import AiordtError, GroupError, UsageError
 from aiordt._landing import dtype_of, unpack_plain
 from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import raw_bytes
@@ -99,8 +99,9 @@ class Requests:
             try:
                 leaves = await self._leaves(request, stack)
             except AiordtError as exc:
-                await group.refuse(request.kind, str(exc), request.lane)  # REQ-1
-                raise
+                with contextlib.suppress(UsageError):  # what all members raise
+                    await group.refuse(request.kind, str(exc), request.lane)  # REQ-1
+                raise exc.said(f"rank {group.rank}") from exc
             found = await group._run(  # noqa: SLF001
                 request.kind,
                 leaves,
