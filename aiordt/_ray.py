@@ -213,7 +213,7 @@ async def ask_actor(handle: Any, function: Callable[[object], Any]) -> Any:  # n
     """Run ``function`` on an actor; waits until the actor is free.
 
     Raises:
-        OwnerDiedError: The actor is dead.
+        OwnerDiedError: It died, perhaps to be restarted (`is_dead`).
     """
     try:
         return await handle.__ray_call__.remote(function)
@@ -221,6 +221,12 @@ async def ask_actor(handle: Any, function: Callable[[object], Any]) -> Any:  # n
         raise OwnerDiedError(
             f"the actor is dead: {str(exc).splitlines()[0]}", owner=str(actor_id_of(handle))
         ) from exc
+
+
+def is_dead(actor_id: str) -> bool:
+    """Whether Ray knows that an actor is gone for good. Blocks for a round trip to the GCS."""
+    actor = ray_state.actors(actor_id)
+    return bool(actor) and actor["State"] == "DEAD"
 
 
 # --- leases --------------------------------------------------------------------------------

@@ -39,6 +39,15 @@ def test_quickstart(tmp_path: Path) -> None:
     ]
 
 
+def test_program_of_the_how_to_on_groups(tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "how-to" / "groups.md").read_text(encoding="utf-8")
+    program = re.search(r"<!-- program -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert program is not None
+    path = tmp_path / "program.py"
+    path.write_text(program[1], encoding="utf-8")
+    assert "[1.0, 1.0, 1.0]" in run(str(path), cwd=tmp_path)
+
+
 def test_async_rl_quick(tmp_path: Path) -> None:
     """Weights and trajectories go round, every sampler takes part, and the plot is drawn."""
     output = run("async_rl.py", "--quick", "--plot", "plot.png", cwd=tmp_path)

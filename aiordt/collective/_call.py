@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.autograd.graph import increment_version
 from typing_extensions import override
 
 from aiordt._device import layer
@@ -20,7 +21,7 @@ from aiordt._errors import InvalidTypeError, InvalidValueError, ProtocolViolatio
 from aiordt._memory import view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
-from aiordt.collective._engine import UNTAGGED, Step
+from aiordt.collective._engine import UNTAGGED
 from aiordt.collective._kernels import reduce_pieces
 from aiordt.collective._rules import (
     CUTTING,
@@ -32,14 +33,16 @@ from aiordt.collective._rules import (
     check_reduction,
     working_dtype,
 )
+from aiordt.collective._steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
+    from aiordt._memory import Pool
     from aiordt.abc import Event
     from aiordt.collective._bundle import Unit
-    from aiordt.collective._engine import Engine, Steps
+    from aiordt.collective._steps import Steps
 
 #: Up to here the payload travels with the descriptor.
 INLINE_NBYTES: Final = 16 * KIB
@@ -63,6 +66,7 @@ class Call:
         number: Which one of it; known once it runs.
         ready: When the device has made the tensors.
         done: When it has made the results.
+        pool: Where memory for results comes from.
     """
 
     kind: str
@@ -77,6 +81,7 @@ class Call:
     number: int = -1
     ready: Event | None = None
     done: Event | None = None
+    pool: Pool | None = None
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is said.
@@ -143,7 +148,7 @@ class Buffers:
 class Mover(ABC):
     """Moves payloads that do not travel with descriptors."""
 
-    def check(self, call: Call) -> None:
+    def check(self, call: Call) -> None:  # noqa: B027  (most can do all)
         """Refuse what this backend cannot do, before anything is said.
 
         Raises:
@@ -169,14 +174,14 @@ class Mover(ABC):
         """
 
 
-def collective(call: Call, engine: Engine, mover: Mover) -> Steps:
+def collective(call: Call, mover: Mover) -> Steps:
     """The steps of a collective; its outcome is what `_outcome` gives."""
     descriptor = call.descriptor()
     inline = _is_inline(descriptor.specs, descriptor.device)
     says = b""
     if inline and (call.kind not in FROM_ROOT or call.rank == call.root):
         says = _inlined(call)
-    elif not inline:
+    elif not inline and call.tensors is not None:
         says = mover.announce(call)
     head = descriptor.pack()
     heard = yield Step(b"".join((_LENGTH.pack(len(head)), head, says)))
@@ -252,12 +257,12 @@ def _buffers(call: Call, unit: Unit) -> Buffers:
         elif brings:
             source = _bundle.packed(unit, call.tensors, cutting=cutting)
         else:
-            source = torch.empty(unit.numel, dtype=unit.dtype, device=device)
+            source = _empty(call, unit.numel, unit.dtype)
     if not call.receives:
         return Buffers(unit, source, nothing, owned)
     if call.kind in {"allreduce", "reduce", "broadcast"}:
         reuse = owned or call.inplace
-        out = source if reuse else torch.empty_like(source)
+        out = source if reuse else _empty(call, source.numel(), unit.dtype)
         return Buffers(unit, source, out, owned)
     piece = unit.bounds[call.rank + 1] - unit.bounds[call.rank]
     numel = {
@@ -265,8 +270,14 @@ def _buffers(call: Call, unit: Unit) -> Buffers:
         "gather": call.size * unit.numel,
         "alltoall": call.size * piece,
     }.get(call.kind, piece)
-    out = torch.empty(numel, dtype=unit.dtype, device=device)
-    return Buffers(unit, source, out, owned)
+    return Buffers(unit, source, _empty(call, numel, unit.dtype), owned)
+
+
+def _empty(call: Call, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """New memory for a result; warm if it is host memory."""
+    if call.pool is not None and call.device.type == "cpu":
+        return call.pool.empty((numel,), dtype)
+    return torch.empty(numel, dtype=dtype, device=call.device)
 
 
 def _move_inlined(call: Call, buffers: Sequence[Buffers], tails: Sequence[bytes]) -> None:
@@ -321,36 +332,37 @@ def _outcome(
     if not call.receives:
         return extra, None
     if call.kind in {"allgather", "gather"}:
-        by_rank = []
-        for rank in range(call.size):
-            found: list[Any] = [None] * len(specs)
-            for each in buffers:
-                numel = each.unit.numel
+        by_rank: list[list[Any]] = [[None] * len(specs) for _ in range(call.size)]
+        for each in buffers:
+            numel = each.unit.numel
+            for rank, found in enumerate(by_rank):
                 flat = each.out[rank * numel : (rank + 1) * numel]
                 _place(found, each.unit, flat, each.unit.specs)
-            by_rank.append(found)
         return extra, by_rank
     found = [None] * len(specs)
     for each in buffers:
-        unit = each.unit
+        pieces = each.unit.specs
         if call.kind in CUTTING:
-            pieces = [_bundle.piece_spec(spec, call.size, call.rank) for spec in unit.specs]
-            if call.kind == "alltoall":
-                _place_exchanged(found, call, each, pieces)
-            else:
-                _place(found, unit, each.out, pieces)
-            continue
-        if call.inplace:
-            assert call.tensors is not None  # noqa: S101  (in place, so there are some)
-            if each.owned:
-                views = _bundle.unpacked(each.out, unit.specs)
-                for place, view in zip(unit.places, views, strict=True):
-                    call.tensors[place].copy_(view)
-            for place in unit.places:
-                found[place] = call.tensors[place]
+            pieces = tuple(_bundle.piece_spec(spec, call.size, call.rank) for spec in pieces)
+        if call.kind == "alltoall":
+            _place_exchanged(found, call, each, pieces)
+        elif call.inplace and call.kind not in CUTTING:
+            _write_back(found, call, each)
         else:
-            _place(found, unit, each.out, unit.specs)
+            _place(found, each.unit, each.out, pieces)
     return extra, found
+
+
+def _write_back(found: list[Any], call: Call, each: Buffers) -> None:
+    """Results in the tensors that the call was made with."""
+    assert call.tensors is not None  # noqa: S101  (in place, so there are some)
+    if each.owned:
+        views = _bundle.unpacked(each.out, each.unit.specs)
+        for place, view in zip(each.unit.places, views, strict=True):
+            call.tensors[place].copy_(view)
+    for place in each.unit.places:
+        found[place] = call.tensors[place]
+        increment_version(found[place])  # written to behind autograd's back
 
 
 def _place(found: list[Any], unit: Unit, flat: torch.Tensor, specs: Sequence[Spec]) -> None:

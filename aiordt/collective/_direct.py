@@ -18,16 +18,18 @@ from typing_extensions import override
 
 from aiordt._errors import OwnerDiedError
 from aiordt._types import KIB, MIB
+from aiordt.collective._bundle import plan, specs_of
 from aiordt.collective._call import Mover
-from aiordt.collective._engine import Step
 from aiordt.collective._kernels import reduce_pieces
-from aiordt.collective._rules import working_dtype
+from aiordt.collective._rules import CUTTING, FROM_ROOT, REDUCING, working_dtype
+from aiordt.collective._steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from aiordt.collective._call import Buffers, Call
-    from aiordt.collective._engine import Engine, Steps
+    from aiordt.collective._engine import Engine
+    from aiordt.collective._steps import Steps
     from aiordt.transports.cma import CmaLink
 
 #: Of a reduction: small enough for the cache, large enough for a system call each.
@@ -37,6 +39,9 @@ _CHUNK_NBYTES: Final = 4 * MIB
 #: After so many bytes the thread looks whether the group goes on.
 _ATTEND_NBYTES: Final = 64 * MIB
 _ADDRESS: Final = struct.Struct("!Q")
+#: Announced: what is brought lies where the addresses say; or it will be packed first.
+_HERE: Final = b"h"
+_PACKED: Final = b"p"
 
 
 class DirectMover(Mover):
@@ -54,30 +59,37 @@ class DirectMover(Mover):
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @override
+    def announce(self, call: Call) -> bytes:
+        """The addresses of tensors that are read where they are: no exchange for those, then."""
+        if call.kind in FROM_ROOT and call.rank != call.root:
+            return _HERE
+        brought = call.tensors or []
+        units = plan(specs_of(brought), call.size, cutting=call.kind in CUTTING)
+        tensors = [brought[unit.places[0]] for unit in units if len(unit.places) == 1]
+        if len(tensors) < len(units) or not all(map(torch.Tensor.is_contiguous, tensors)):
+            return _PACKED
+        return _HERE + _pack(tensors)
+
+    @override
     def move(self, call: Call, buffers: Sequence[Buffers], announced: Sequence[bytes]) -> Steps:
+        if _PACKED in announced:
+            heard = yield Step(_pack([each.source for each in buffers]))
+            sources = list(map(_unpack, heard))
+        else:
+            sources = [_unpack(said[1:]) for said in announced]
         reducing = call.kind in {"allreduce", "reduce"}
-        shares = [_share(call, each) if reducing else each.source for each in buffers]
-        heard = yield Step(
-            b"".join(
-                _ADDRESS.pack(tensor.data_ptr())
-                for each, share in zip(buffers, shares, strict=True)
-                for tensor in (each.source, share)
-            )
-        )
-        addresses = [[pair[0] for pair in _ADDRESS.iter_unpack(said)] for said in heard]
-        sources = [found[0::2] for found in addresses]
+        shares = [_share(call, each) if reducing else each.out for each in buffers]
         for number, (each, share) in enumerate(zip(buffers, shares, strict=True)):
-            there = [found[number] for found in sources]
-            if reducing:
+            there = [found[number] if found else 0 for found in sources]
+            if call.kind in REDUCING:
                 self._reduce(call, each, there, share)
-            elif call.kind == "reducescatter":
-                self._reduce(call, each, there, each.out)
             else:
                 self._collect(call, each, there)
         if reducing:
-            yield Step(b"")
+            heard = yield Step(_pack(shares))
+            found_shares = list(map(_unpack, heard))
             for number, (each, share) in enumerate(zip(buffers, shares, strict=True)):
-                self._assemble(call, each, [found[2 * number + 1] for found in addresses], share)
+                self._assemble(call, each, [found[number] for found in found_shares], share)
         self._check_alive()
         yield Step(b"")
 
@@ -172,6 +184,14 @@ class DirectMover(Mover):
     def _gone(self, rank: int) -> OwnerDiedError:
         label = self._engine.label(rank)
         return OwnerDiedError(f"{label} is gone", owner=label)
+
+
+def _pack(tensors: Sequence[torch.Tensor]) -> bytes:
+    return b"".join(_ADDRESS.pack(tensor.data_ptr()) for tensor in tensors)
+
+
+def _unpack(said: bytes) -> list[int]:
+    return [pair[0] for pair in _ADDRESS.iter_unpack(said)]
 
 
 def _share(call: Call, each: Buffers) -> torch.Tensor:

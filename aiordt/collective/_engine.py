@@ -23,7 +23,6 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgpack
@@ -31,17 +30,18 @@ from typing_extensions import override
 
 from aiordt._errors import (
     AiordtError,
-    ClosedError,
-    GroupError,
     OwnerDiedError,
     UnavailableError,
     UsageError,
 )
 from aiordt._progress import post, settle
 from aiordt.collective._mesh import Frame, Listener, Mesh
+from aiordt.collective._steps import Ended, Pending, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
+
+    from aiordt.collective._steps import Steps
 
 _log = logging.getLogger(__name__)
 
@@ -59,57 +59,7 @@ UNTAGGED: Final = -1
 _VERDICT_SECONDS: Final = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What an operation does next.
-
-    Attributes:
-        say: To tell the others of it; ``None``: nothing.
-        wait: Whether to wait for what they say; it gets a list, by rank.
-    """
-
-    say: bytes | None
-    wait: bool = True
-
-
-class Pending:
-    """A step that ends when somebody else says so, from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._done = False
-        self._then: Callable[[], None] | None = None
-
-    def finish(self) -> None:
-        """It has ended."""
-        with self._lock:
-            self._done = True
-            then, self._then = self._then, None
-        if then is not None:
-            then()
-
-    def then(self, function: Callable[[], None]) -> bool:
-        """Call ``function`` when it ends; ``False`` if it has already."""
-        with self._lock:
-            if not self._done:
-                self._then = function
-            return not self._done
-
-
-Steps: TypeAlias = "Generator[Step | Pending, list[bytes], Any]"
 _Key: TypeAlias = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """Why a group has ended."""
-
-    closed: bool
-    why: str
-
-    def error(self) -> AiordtError:
-        """What pending and later calls raise."""
-        return ClosedError(self.why) if self.closed else GroupError(self.why)
 
 
 class _Operation:
@@ -228,7 +178,7 @@ class Engine(Listener):
             self._operations[operation.key] = operation
             self._take(operation, first)  # under the lock: in the order of the numbers
             ready = self._claim(operation)
-        if ready and (light or not others):
+        if ready and light:
             self._advance(operation)
         elif ready:
             self.mesh.run(lambda: self._advance(operation))
@@ -349,6 +299,13 @@ class Engine(Listener):
             self._attending -= 1
         self.check()
 
+    async def catch_up(self) -> None:
+        """Wait until the thread has acted on what has arrived."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self.mesh.run(lambda: post(loop, settle, future, None, None))
+        await future
+
     # --- the end ---------------------------------------------------------------------------
 
     def said(self, why: str) -> str:
@@ -424,11 +381,16 @@ class Engine(Listener):
     @override
     def deadline(self) -> float | None:
         with self._lock:
-            while self._deadlines and self._deadlines[0][2].future.done():
+            while self._deadlines and not self._is_late(self._deadlines[0][2]):
                 heapq.heappop(self._deadlines)
             if not self._deadlines:
                 return None
             return max(0.0, self._deadlines[0][0] - time.monotonic())
+
+    def _is_late(self, operation: _Operation) -> bool:
+        """Whether an operation goes on and somebody waits for it. Under the lock."""
+        there = self._operations.get(operation.key) is operation
+        return there and not operation.future.cancelled()
 
     @override
     def due(self) -> None:
@@ -439,6 +401,8 @@ class Engine(Listener):
         if not self._deadlines or self.deadline() != 0.0:
             return
         with self._lock:
+            if not self._deadlines:
+                return
             _, _, operation = self._deadlines[0]
             arrived = self._arrived.get(operation.key, {})
             late = [other for other in operation.others if not arrived.get(other)]

@@ -72,7 +72,7 @@ def _reduce_numpy(op: str, sources: Sequence[Array], out: Array, scratch: Array)
     for number in range(1, last + 1):
         # Only the last step may write to ``out``: a source that is still needed may be there.
         total = function(total, sources[number], out=out if number == last else scratch)
-    if last == 0 and out is not total:
+    if last == 0 and not np.may_share_memory(out, total):
         np.copyto(out, total)
     if op == "avg":
         np.divide(out, len(sources), out=out)
@@ -83,7 +83,7 @@ def _reduce_wide(
 ) -> None:
     """In float32, and rounded once."""
     total.copy_(sources[0])
-    function = _TORCH[op]
+    function: Any = _TORCH[op]
     for source in sources[1:]:
         function(total, source.float(), out=total)
     if op == "avg":

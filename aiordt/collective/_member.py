@@ -12,7 +12,8 @@ from aiordt._errors import AiordtError, InvalidTypeError, InvalidValueError, Usa
 from aiordt._leaves import as_array, as_tensor, is_target
 from aiordt._tree import Flat
 from aiordt.collective import _call, _message, _rules
-from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, UNTAGGED, Ended
+from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, UNTAGGED
+from aiordt.collective._steps import Ended
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -60,7 +61,7 @@ class MemberGroup:
 
     @property
     def backend(self) -> str:
-        """By what tensors move: ``"shm"``, ``"gloo"`` or ``"nccl"``."""
+        """How host memory is moved, ``"shm"`` or ``"gloo"``; or ``"nccl"``."""
         return self._membership.backend
 
     @override
@@ -257,7 +258,8 @@ class MemberGroup:
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> Any:  # noqa: ANN401
         """Receive into ``t`` what one member sends by `send`, and return it."""
-        tensors, _ = self._tensors(t)
+        tensors, flat = self._tensors(t)
+        _check_writable("recv", flat)
         self._check_peer(src, tag)
         engine = self._engine
         await engine.call(
@@ -296,16 +298,15 @@ class MemberGroup:
         inplace: bool,
     ) -> tuple[Call, Flat | None]:
         call = _call.Call(kind, self.rank, self.size, op, root, inplace=inplace)
+        call.pool = self._membership.pool
         if kind == "barrier" or (kind == "scatter" and self.rank != root):
             call.check()
             return call, None
         tensors, flat = self._tensors(t)
         if not tensors:
             raise InvalidTypeError(f"{kind}: there is no tensor in {type(t).__qualname__}")
-        writes = inplace and kind in {"allreduce", "reduce", "broadcast"}
-        for leaf in flat.leaves if writes else ():
-            if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:
-                raise InvalidValueError(f"{kind}: a read-only array; say inplace=False")
+        if inplace and kind in {"allreduce", "reduce", "broadcast"}:
+            _check_writable(kind, flat)
         call.tensors = tensors
         if kind == "scatter":
             places = {id(leaf): place for place, leaf in enumerate(flat.leaves)}
@@ -343,7 +344,7 @@ class MemberGroup:
             mover.check(call)
             if call.device.type != "cpu":
                 call.ready = layer(call.device).record(call.device)
-            steps = _call.collective(call, engine, mover)
+            steps = _call.collective(call, mover)
         except UsageError as exc:
             await self.refuse(kind, str(exc), lane, timeout)
             raise
@@ -372,6 +373,20 @@ class MemberGroup:
         """Tell the others, who wait for this call, that it fails; and stay in step (internal)."""
         steps = _call.refusal(_call.Call(kind, self.rank, self.size), why)
         await self._engine.call(kind, steps, lane=lane, timeout=timeout, light=True)
+
+
+def _check_writable(kind: str, flat: Flat) -> None:
+    """Refuse to write where that cannot be right."""
+    for leaf in flat.leaves:
+        if isinstance(leaf, np.ndarray):
+            if not leaf.flags.writeable:
+                raise InvalidValueError(f"{kind}: a read-only array cannot be written to")
+        elif leaf.is_inference():
+            raise InvalidValueError(f"{kind}: an inference tensor cannot be written to")
+        tensor = as_tensor(leaf)
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in strides):
+            raise InvalidValueError(f"{kind}: an expanded tensor, whose elements share memory")
 
 
 def _check_tag(tag: int) -> int:

@@ -19,13 +19,17 @@ import msgpack
 from aiordt import _ray, _runtime
 from aiordt._errors import AiordtError, OwnerDiedError, PeerLostError, UsageError
 from aiordt._types import Owner
-from aiordt.abc import PeerAddress
+from aiordt.abc import PeerAddress, TransportMessage
 
 if TYPE_CHECKING:
     from aiordt._runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
+#: Of the service that all groups are formed by, in requests.
+NAME: Final = "groups"
+#: Asks only for an answer.
+HELLO: Final = TransportMessage(NAME, msgpack.packb((b"", "hello", None)))
 #: An actor that has not started yet is looked for so often.
 _LOOK_SECONDS: Final = 0.05
 
@@ -108,17 +112,26 @@ async def find(runtime: Runtime, handle: Any) -> Member:  # noqa: ANN401
     member = await _published(runtime, actor_id)
     if member is not None:
         return member
-    asking = asyncio.ensure_future(_ray.ask_actor(handle, _asked))
+    asking: asyncio.Future[Any] | None = None
     try:
         while True:
-            done, _ = await asyncio.wait({asking}, timeout=_LOOK_SECONDS)
-            if done:
-                return Member.unpack(msgpack.unpackb(asking.result()))
+            if asking is None:
+                asking = asyncio.ensure_future(_ray.ask_actor(handle, _asked))
+            await asyncio.wait({asking}, timeout=_LOOK_SECONDS)
+            if asking.done():
+                error = asking.exception()
+                if error is None:
+                    return Member.unpack(msgpack.unpackb(asking.result()))
+                if await runtime.workers.run(lambda: _ray.is_dead(actor_id)):
+                    raise error
+                asking = None  # it is being restarted
+                await asyncio.sleep(_LOOK_SECONDS)
             member = await _published(runtime, actor_id)
             if member is not None:
                 return member
     finally:
-        asking.cancel()
+        if asking is not None:
+            asking.cancel()
 
 
 async def find_owner(runtime: Runtime, address: PeerAddress, owner: Owner) -> Member:
@@ -149,9 +162,8 @@ async def _published(runtime: Runtime, actor_id: str) -> Member | None:
     member = Member.unpack(msgpack.unpackb(record))
     if member.address.runtime_id != runtime.address.runtime_id:
         try:
-            await runtime.io.run(runtime.routes.peer(member.address).reach())
-        except OwnerDiedError:
-            return None
-        except PeerLostError:
+            # A round trip: a connection that is still there proves nothing.
+            await runtime.io.run(runtime.routes.peer(member.address).call(HELLO))
+        except (OwnerDiedError, PeerLostError):
             return None
     return member

@@ -195,6 +195,7 @@ class Mesh:
                 self._ended = True
             while self._jobs:
                 self._jobs.popleft()()
+            self._listener.due()
             self._wake_reader.close()
             self._wake_writer.close()
 

@@ -10,19 +10,22 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 import torch
+from torch.autograd.graph import increment_version
 
 from aiordt._errors import OwnerDiedError, UsageError
 from aiordt._memory import view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
 from aiordt.collective._call import INLINE_NBYTES
-from aiordt.collective._engine import Step
 from aiordt.collective._rules import Descriptor, agree
+from aiordt.collective._steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aiordt.collective._engine import Engine, Steps
+    from aiordt.collective._bundle import Unit
+    from aiordt.collective._engine import Engine
+    from aiordt.collective._steps import Steps
     from aiordt.transports.cma import CmaLink
 
 _LENGTH: Final = struct.Struct("!I")
@@ -80,10 +83,7 @@ def receive(
             yield Step(_REFUSED + text.encode(), wait=False)
         raise UsageError(text) from None
     units = _bundle.plan(described.specs or (), 1, cutting=False)
-    flats = []
-    for unit in units:
-        flat = _bundle.flat_view(tensors[unit.places[0]]) if len(unit.places) == 1 else None
-        flats.append(torch.empty(unit.numel, dtype=unit.dtype) if flat is None else flat)
+    flats = [_room(unit, tensors) for unit in units]
     views = [view_memory(flat.data_ptr(), flat.nbytes, writable=True) for flat in flats]
     if inline:
         start = 0
@@ -106,6 +106,13 @@ def receive(
         for place, part in zip(unit.places, parts, strict=True):
             if part.data_ptr() != tensors[place].data_ptr():
                 tensors[place].copy_(part)
+            increment_version(tensors[place])  # written to behind autograd's back
+
+
+def _room(unit: Unit, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Where a unit is received: in its tensor itself, if it can."""
+    flat = _bundle.flat_view(tensors[unit.places[0]]) if len(unit.places) == 1 else None
+    return torch.empty(unit.numel, dtype=unit.dtype) if flat is None else flat
 
 
 def _read(link: CmaLink, address: int, flat: torch.Tensor, engine: Engine, other: int) -> None:

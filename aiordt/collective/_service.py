@@ -22,10 +22,10 @@ import torch
 from typing_extensions import override
 
 from aiordt import _runtime
+from aiordt._device import layer
 from aiordt._errors import (
     AiordtError,
     GroupError,
-    InvalidValueError,
     ProtocolViolationError,
     UnavailableError,
     UsageError,
@@ -34,25 +34,27 @@ from aiordt._progress import Workers, finish, post
 from aiordt._runtime import Runtime, Service
 from aiordt._wire import TransportMessage
 from aiordt.collective._direct import DirectMover
-from aiordt.collective._engine import Ended, Engine
+from aiordt.collective._engine import Engine
 from aiordt.collective._member import MemberGroup
-from aiordt.collective._members import Member
+from aiordt.collective._members import NAME, Member
 from aiordt.collective._mesh import Mesh
 from aiordt.collective._requests import GONE, Requests
+from aiordt.collective._steps import Ended
 from aiordt.transports.cma import CmaLink
 
 if TYPE_CHECKING:
     import socket
 
+    from aiordt._memory import Pool
     from aiordt._wire import Message
     from aiordt.collective._call import Mover
 
 _log = logging.getLogger(__name__)
 
-#: Of the service, in requests.
-NAME: Final = "groups"
 #: Groups that may start their backends at once.
 _MAX_STARTING: Final = 8
+#: Names of groups that have ended, and why.
+_MAX_REMEMBERED: Final = 100
 
 
 class Membership:
@@ -66,11 +68,15 @@ class Membership:
         engine: The operations; there once the members have met.
         links: To the memory of the others, where it can be read.
         movers: By type of device.
+        pool: Where memory for results comes from.
         bound_to: The process with which it ends; empty: none.
     """
 
-    def __init__(self, group: bytes, name: str, rank: int, members: list[Member]) -> None:
+    def __init__(
+        self, group: bytes, name: str, rank: int, members: list[Member], pool: Pool
+    ) -> None:
         self.group = group
+        self.pool = pool
         self.name = name
         self.rank = rank
         self.members = members
@@ -94,6 +100,14 @@ def _stream_id(group: bytes, low: int, high: int) -> bytes:
     return hashlib.blake2b(b"%d %d" % (low, high), key=group, digest_size=16).digest()
 
 
+def _gpu() -> str:
+    """Which GPU this process uses by default; empty: none. Blocks: it may wake CUDA."""
+    if not torch.cuda.is_available():
+        return ""
+    device = torch.device("cuda", torch.cuda.current_device())  # pragma: no cover  (needs a GPU)
+    return layer(device).identity(device)  # pragma: no cover
+
+
 class Groups(Service):
     """See above. Made with each runtime."""
 
@@ -106,16 +120,22 @@ class Groups(Service):
         self._by_name: dict[str, Membership] = {}
         self._streams: dict[bytes, tuple[Membership, int]] = {}
         self.requests = Requests(runtime)
+        self._over: dict[str, Ended] = {}  # the last ones
 
     def find(self, name: str) -> Membership:
         """The group of that name. Any thread.
 
         Raises:
-            UsageError: There is none (yet, or any more).
+            UsageError: There is none (yet).
+            GroupError: There was one, and it has failed.
+            ClosedError: There was one, and it was closed.
         """
         found = self._by_name.get(name)
         if found is not None and found.started:
             return found
+        over = self._over.get(name)
+        if over is not None:
+            raise over.error()
         names = sorted(each.name for each in list(self._by_name.values()) if each.started)
         there = f"its groups: {', '.join(map(repr, names))}" if names else "it is in no group"
         raise UsageError(f"this actor is not in a group {name!r}; {there}")
@@ -133,7 +153,10 @@ class Groups(Service):
 
     async def handle(self, group: bytes, verb: str, body: Any, peer_id: bytes) -> object:  # noqa: ANN401
         """Do what the creator of a group, or its user, asks for."""
+        if verb == "hello":
+            return None
         if verb == "enter":
+            await self._free(body[0])
             self._enter(group, body, peer_id)
             return None
         if verb == "end":
@@ -156,6 +179,15 @@ class Groups(Service):
             return None
         raise ProtocolViolationError(f"unknown request {verb!r} about a group")
 
+    async def _free(self, name: str) -> None:
+        """Let go of a group of that name that has ended, though its thread may not know yet."""
+        membership = self._by_name.get(name)
+        if membership is None or membership.engine is None:
+            return
+        await membership.engine.catch_up()
+        if membership.engine.over is not None:
+            self._forget(membership.group)
+
     def _enter(self, group: bytes, body: Any, peer_id: bytes) -> None:  # noqa: ANN401
         name, rank, packed, timeout, bound = body
         if name in self._by_name:
@@ -163,7 +195,7 @@ class Groups(Service):
         members = [Member.unpack(each) for each in packed]
         if members[rank].address.runtime_id != self._runtime.address.runtime_id:
             raise GroupError("it was restarted meanwhile")
-        membership = Membership(group, name, rank, members)
+        membership = Membership(group, name, rank, members, self._runtime.pool)
         membership.bound_to = peer_id if bound else b""
         loop = asyncio.get_running_loop()
         for other in range(len(members)):
@@ -172,8 +204,10 @@ class Groups(Service):
                 stream = _stream_id(group, min(rank, other), max(rank, other))
                 self._streams[stream] = (membership, other)
         self._by_id[group] = self._by_name[name] = membership
+        self._over.pop(name, None)
         why = f"group {name!r}: it did not form within {timeout} s"
-        membership.expiry = loop.call_later(timeout, self._leave, group, Ended(False, why))  # noqa: FBT003
+        late = Ended(closed=False, why=why)
+        membership.expiry = loop.call_later(timeout, self._leave, group, late)
 
     @override
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
@@ -204,7 +238,7 @@ class Groups(Service):
             mesh,
             lambda: post(self._runtime.io.loop, self._forget, group),
         )
-        return [reasons[0] if reasons else "", torch.cuda.is_available()]
+        return [reasons[0] if reasons else "", await self._workers.run(_gpu)]
 
     async def _reach(self, membership: Membership, rank: int) -> str:
         """Find out whether a member's memory can be read; why not, if not."""
@@ -235,27 +269,30 @@ class Groups(Service):
             raise GroupError("the group has ended here")
         future.set_result(sock)
 
-    async def _start(self, membership: Membership, backend: str, seconds: float) -> None:
+    async def _start(self, membership: Membership, backend: str, *rest: Any) -> None:  # noqa: ANN401
+        cuda, seconds = rest
         engine = membership.engine
         if engine is None:
             raise ProtocolViolationError("a group that has not met cannot start")
         membership.backend = backend
-        if backend == "shm":
-            membership.movers["cpu"] = DirectMover(engine, membership.links)
-        elif backend == "gloo":
-            host = self._runtime.address.host
+        host = self._runtime.address.host
 
-            def connect() -> Mover:
+        def connect() -> None:
+            # Not earlier: importing it takes a while, and others need no torch.distributed.
+            if backend == "gloo":
                 from aiordt.collective.process_group import GlooMover  # noqa: PLC0415
 
-                return GlooMover(engine, host, seconds)
+                membership.movers["cpu"] = GlooMover(engine, host, seconds)
+            if cuda:  # pragma: no cover  (needs GPUs)
+                from aiordt.collective.process_group import NcclMover  # noqa: PLC0415
 
-            membership.movers["cpu"] = await finish(
-                self._workers.run(connect),
-                lambda: engine.end(Ended(False, engine.said("starting it was cancelled"))),  # noqa: FBT003
-            )
-        else:
-            raise InvalidValueError(f"backend={backend!r} is not there")
+                membership.movers["cuda"] = NcclMover(engine, seconds)
+
+        if backend == "shm":
+            membership.movers["cpu"] = DirectMover(engine, membership.links)
+        if backend == "gloo" or cuda:
+            cancelled = Ended(closed=False, why=engine.said("starting it was cancelled"))
+            await finish(self._workers.run(connect), lambda: engine.end(cancelled))
         membership.started = True
         if membership.expiry is not None:
             membership.expiry.cancel()
@@ -275,6 +312,10 @@ class Groups(Service):
             return
         if self._by_name.get(membership.name) is membership:
             del self._by_name[membership.name]
+            if membership.started and membership.engine is not None and membership.engine.over:
+                self._over[membership.name] = membership.engine.over
+                while len(self._over) > _MAX_REMEMBERED:
+                    del self._over[next(iter(self._over))]
         if membership.expiry is not None:
             membership.expiry.cancel()
         for other in range(len(membership.members)):

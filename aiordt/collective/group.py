@@ -21,8 +21,8 @@ from aiordt._errors import (
 )
 from aiordt._progress import run_all
 from aiordt._wire import TransportMessage
-from aiordt.collective._members import Member, find
-from aiordt.collective._service import NAME, groups_of
+from aiordt.collective._members import NAME, Member, find
+from aiordt.collective._service import groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -48,7 +48,8 @@ async def create_group(
     Args:
         actors: Handles of different actors; their order is that of the ranks.
         backend: ``"shm"``: host memory, all actors on one host. ``"gloo"``: host memory.
-            ``"nccl"``: CUDA memory. ``"auto"``: what suits all members.
+            ``"nccl"``: CUDA memory. ``"auto"``: ``shm`` where it works, else ``gloo``, and
+            beside it ``nccl`` for CUDA tensors, if every member has a GPU of its own.
         name: By which members find it (`AsyncActor.group`); one of its own by default.
         timeout: Within how many seconds it must form.
 
@@ -113,8 +114,8 @@ async def form(
             packed = [member.pack() for member in members]
             await made.ask_all(runtime, "enter", lambda rank: [name, rank, packed, timeout, bound])
             met = await made.ask_all(runtime, "meet", lambda _: None)
-            made.backend = _chosen(backend, met)
-            await made.ask_all(runtime, "start", lambda _: [made.backend, timeout])
+            made.backend, cuda = _chosen(backend, met)
+            await made.ask_all(runtime, "start", lambda _: [made.backend, cuda, timeout])
         formed = True
     except TimeoutError:
         raise GroupError(f"group {name!r}: it did not form within {timeout} s") from None
@@ -127,22 +128,27 @@ async def form(
     return made
 
 
-def _chosen(backend: str, met: Sequence[Any]) -> str:
-    """The backend for all members.
+def _chosen(backend: str, met: Sequence[Any]) -> tuple[str, bool]:
+    """The backend for all members, and whether they have NCCL for CUDA tensors.
 
     Args:
         backend: What was asked for.
-        met: Of each member, why it cannot read the others' memory, and whether it has CUDA.
+        met: Of each member, why it cannot read the others' memory, and its GPU, if it has one.
 
     Raises:
         UnavailableError: That one does not work here.
     """
     reasons = [reason for reason, _ in met if reason]
+    gpus = [gpu for _, gpu in met if gpu]
+    cuda = len(set(gpus)) == len(met)
     if backend == "shm" and reasons:
         raise UnavailableError(f"shm: {reasons[0]}", reason=reasons[0], transport="shm")
+    if backend == "nccl" and not cuda:
+        reason = "every member needs a GPU of its own"
+        raise UnavailableError(f"nccl: {reason}", reason=reason, transport="nccl")
     if backend == "auto":
-        return "gloo" if reasons else "shm"
-    return backend
+        return "gloo" if reasons else "shm", cuda
+    return backend, backend == "nccl"
 
 
 class Group:

@@ -26,15 +26,17 @@ from aiordt._device import layer
 from aiordt._errors import InvalidTypeError, TransferError, UnavailableError
 from aiordt._progress import Workers
 from aiordt.collective._call import Mover
-from aiordt.collective._engine import UNTAGGED, Pending
+from aiordt.collective._engine import UNTAGGED
 from aiordt.collective._rules import REDUCING, dtype_name, working_dtype
+from aiordt.collective._steps import Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from contextlib import AbstractContextManager
 
     from aiordt.collective._call import Buffers, Call
-    from aiordt.collective._engine import Engine, Steps
+    from aiordt.collective._engine import Engine
+    from aiordt.collective._steps import Steps
 
 #: Operations end when the group does.
 _FOREVER: Final = timedelta(days=365)
@@ -61,7 +63,7 @@ _WIDENED: Final = {
 }
 
 
-class _Store(dist.Store):
+class _Store(dist.Store):  # type: ignore[misc, name-defined]
     """Keys and values, told to all members over the mesh."""
 
     def __init__(self, engine: Engine, prefix: str, timeout: float) -> None:
@@ -357,10 +359,10 @@ def _cut(listening: Sequence[bytes]) -> None:
 
 
 def _packed(family: int, name: Any) -> bytes:  # noqa: ANN401
-    """An address as it stands in a ``sockaddr``: its port and its number."""
-    port = struct.pack("!H", name[1])
+    """An address as it stands in a ``sockaddr``."""
+    head = struct.pack("=H", family) + struct.pack("!H", name[1])
     number = socket.inet_pton(family, name[0].partition("%")[0])
-    return port + (number if family == socket.AF_INET else bytes(4) + number)
+    return head + (number if family == socket.AF_INET else bytes(4) + number)
 
 
 class NcclMover(_GroupMover):  # pragma: no cover  (needs GPUs)
@@ -369,7 +371,7 @@ class NcclMover(_GroupMover):  # pragma: no cover  (needs GPUs)
     NCCL says that an operation has ended when it is queued; events say when it has.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, timeout: float) -> None:
+    def __init__(self, engine: Engine, timeout: float) -> None:
         """Make the process groups; they connect at their first operation.
 
         Raises:
@@ -380,6 +382,7 @@ class NcclMover(_GroupMover):  # pragma: no cover  (needs GPUs)
         if made is None:
             reason = "this PyTorch was built without NCCL"
             raise UnavailableError(f"nccl: {reason}", reason=reason, transport="nccl")
+        device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._workers = Workers("nccl", 1)

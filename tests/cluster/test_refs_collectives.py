@@ -252,16 +252,17 @@ async def test_what_a_member_cannot_do_fails_on_all_and_the_group_goes_on(nodes:
 async def test_members_that_are_busy(nodes: list[Any], tmp_path: Path) -> None:
     """The request goes by the control connection: Ray's calls would wait for the loops."""
     refs = await asyncio.gather(*made(nodes, 1000))
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
+    fifos = [tmp_path / str(rank) for rank in range(3)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
 
     def block(_: Any, path: str) -> str:
         return Path(path).read_text()  # until somebody writes
 
-    busy = [node.run.remote(block, str(fifo)) for node in nodes]
+    busy = [n.run.remote(block, str(fifo)) for n, fifo in zip(nodes, fifos, strict=True)]
     out = await allreduce_refs(refs)
     assert torch.equal(await out[0], all_of(1000).sum(0))
-    for call in busy:
+    for call, fifo in zip(busy, fifos, strict=True):
         await asyncio.to_thread(fifo.write_text, "on")
         await call
 
