@@ -12,9 +12,13 @@ from typing_extensions import override
 from aiordt._errors import InvalidTypeError, UsageError
 from aiordt._export import check_transport, export, export_blocking
 from aiordt._get import get, get_blocking
+from aiordt.collective._members import announce
+from aiordt.collective._service import group_here
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
+
+    from aiordt.collective._member import MemberGroup
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
@@ -25,8 +29,8 @@ _MARK: Final = "__aiordt_method__"
 class AsyncActor:
     """Mixin for a class decorated with ``@ray.remote`` whose methods return tensors as refs.
 
-    It adds no public names to the class. It works with the class's own ``__init__``, which need
-    not call this one's, with inheritance, ``max_concurrency``, concurrency groups, async
+    It adds no public name to the class but `group`. It works with the class's own ``__init__``,
+    which need not call this one's, with inheritance, ``max_concurrency``, concurrency groups, async
     generators, named and detached actors and ``max_restarts``::
 
         @ray.remote
@@ -46,6 +50,16 @@ class AsyncActor:
         def options(cls, **options: Any) -> Any:  # noqa: ANN401
             """Ray's options for an actor."""
 
+    def group(self, name: str) -> MemberGroup:
+        """The group of that name that this actor is a member of; never waits.
+
+        Raises:
+            UsageError: There is none; says which there are.
+            GroupError: There was one, and it has failed.
+            ClosedError: There was one, and it was closed.
+        """
+        return group_here(name)
+
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Where a class has async methods, make its decorated ``def`` methods async.
@@ -55,6 +69,8 @@ class AsyncActor:
         several times.
         """
         super().__init_subclass__(**kwargs)
+        if "__ray_actor_class__" in vars(cls):  # the one that Ray makes of the user's, and runs
+            setattr(cls, "__init__", _announced(cls))  # noqa: B010
         members = {
             name: inspect.getattr_static(cls, name) for name in dir(cls) if name != "__class__"
         }
@@ -70,6 +86,24 @@ class AsyncActor:
                 inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
             ):
                 setattr(cls, name, options.wrap(asynchronous=True, attributes=vars(member)))
+
+
+def _announced(cls: type) -> Callable[..., None]:
+    """A class's ``__init__``, after which other processes find the actor (ADR-1)."""
+    original: Any = getattr(cls, "__init__", None)
+    if not inspect.isfunction(original):
+
+        def construct(self: Any) -> None:  # noqa: ANN401, ARG001
+            announce()
+
+        return construct
+
+    @functools.wraps(original)
+    def construct_with(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        original(self, *args, **kwargs)
+        announce()
+
+    return construct_with
 
 
 class _Options:

@@ -334,6 +334,12 @@ def _reduce_header(header: Header) -> tuple[object, ...]:
     return _rebuild_header, (*args, True) if header.pending else args
 
 
+def header_of(address: PeerAddress, owner: Owner, key: bytes) -> Header:
+    """The header of a result that another process exported."""
+    origin = _pack_origin(address, owner)
+    return Header(_ray.session_or_none(), origin, address, owner, key, None)
+
+
 def make_header(key: bytes, transport: str | None, *, pending: bool = False) -> Header:
     """The header of a result that this process exports."""
     runtime = current()

@@ -172,6 +172,7 @@ def _rebuilt(failure: _wire.Failure) -> AiordtError:
         "InvalidValueError": _errors.InvalidValueError,
         "UsageError": _errors.UsageError,
         "ClosedError": ClosedError,
+        "GroupError": _errors.GroupError,
     }
     if failure.kind == "UnavailableError":
         return _errors.UnavailableError(failure.text, reason=failure.text, transport="")

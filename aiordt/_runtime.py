@@ -11,7 +11,8 @@ import ctypes
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
@@ -37,6 +38,9 @@ from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
     from aiordt._config import Config
     from aiordt._landing import Header, Pullable
     from aiordt._ray import Session
@@ -50,6 +54,40 @@ _log = logging.getLogger(__name__)
 _NOTE_SECONDS: Final = 0.05
 #: How often a runtime looks whether its Ray session goes on (2 µs).
 _SESSION_SECONDS: Final = 1.0
+
+
+class Service(ABC):
+    """A part that a layer above has in every runtime. Lives on the io loop.
+
+    Attributes:
+        name: Its requests come in a `TransportMessage` of this name.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    async def serve(self, request: TransportMessage, peer_id: bytes) -> Message:
+        """Answer a peer's request."""
+
+    @abstractmethod
+    def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
+        """Take over an authenticated stream that a peer opened, if it is this service's."""
+
+    @abstractmethod
+    def lost(self, peer_id: bytes) -> None:
+        """The connection to a peer has ended, and perhaps the peer."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """End everything."""
+
+
+_services: Final[list[Callable[[Runtime], Service]]] = []
+
+
+def add_service(make: Callable[[Runtime], Service]) -> None:
+    """Let every runtime that starts from now on have such a service."""
+    _services.append(make)
 
 
 class Runtime(Puller):
@@ -94,7 +132,7 @@ class Runtime(Puller):
             runtime_id,
             secret=self._read_secret,
             handle=self._handle,
-            accept=self.transports.accept,
+            accept=self._accept,
             lost=self._lost,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
@@ -106,6 +144,7 @@ class Runtime(Puller):
             workers=self.workers,
             limit=config.relay_nbytes if "shm" in config.transports else 0,
         )
+        self.services = [make(self) for make in _services]
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
@@ -157,9 +196,20 @@ class Runtime(Puller):
                 return await self.relay.serve(message, peer_id)
             await self.registry.wait_gone(watched)
             return message
+        if isinstance(message, TransportMessage):
+            for service in self.services:
+                if message.transport == service.name:
+                    return await service.serve(message, peer_id)
         return await self.transports.serve(message, peer_id)
 
+    def _accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
+        if any(service.accept(stream, peer_id, sock) for service in self.services):
+            return True
+        return self.transports.accept(stream, peer_id, sock)
+
     def _lost(self, peer_id: bytes) -> None:
+        for service in self.services:
+            service.lost(peer_id)
         self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)
@@ -216,6 +266,8 @@ class Runtime(Puller):
         self.registry.close()
 
         async def cleanup() -> None:
+            for service in self.services:
+                await service.aclose()
             await self.relay.aclose()
             await self._network.aclose()
             await self.routes.aclose()

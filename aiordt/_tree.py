@@ -385,29 +385,43 @@ def place(tree: object, leaf: object, root: str) -> str:
     return ""
 
 
-def match(tree: object, like: object, wanted: Callable[[object], bool]) -> list[Any]:
+def match(
+    tree: object,
+    like: object,
+    wanted: Callable[[object], bool],
+    fits: Callable[[object], bool] = is_target,
+    path: str = "into",
+) -> list[Any]:
     """What ``like`` has in the places of the wanted leaves of ``tree``, in tree order.
 
+    Args:
+        tree: The tree.
+        like: One of the same structure.
+        wanted: What is a leaf.
+        fits: What may be in the place of one.
+        path: How errors call ``like``.
+
     Raises:
-        InvalidTypeError: A place holds no tensor, or the structures differ; names the place.
+        InvalidTypeError: What is in a place does not fit.
+        InvalidValueError: The structures differ. Both name the place.
     """
     found: list[Any] = []
-    _match(tree, like, wanted, "into", found)
+    _match(tree, like, wanted, fits, path, found)
     return found
 
 
-def _match(
+def _match(  # noqa: PLR0917  (recursive)
     tree: Any,  # noqa: ANN401
     like: Any,  # noqa: ANN401
     wanted: Callable[[object], bool],
+    fits: Callable[[object], bool],
     path: str,
     found: list[Any],
 ) -> None:
     if wanted(tree):
-        if not is_target(like):
-            raise InvalidTypeError(
-                f"{path} must be a tensor or a plain array, not {type(like).__name__}"
-            )
+        if not fits(like):
+            must = "a tensor or a plain array" if fits is is_target else "a TensorRef"
+            raise InvalidTypeError(f"{path} must be {must}, not {type(like).__name__}")
         found.append(like)
         return
     children = _children(tree)
@@ -420,7 +434,7 @@ def _match(
             f"{sorted(map(str, children))}"
         )
     for key, child in children.items():
-        _match(child, others[key], wanted, f"{path}[{key!r}]", found)
+        _match(child, others[key], wanted, fits, f"{path}[{key!r}]", found)
 
 
 def _children(tree: Any) -> dict[Any, Any]:  # noqa: ANN401

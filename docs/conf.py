@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import aiordt  # noqa: E402  (found through the line above)
 import aiordt.abc  # noqa: E402
+import aiordt.collective  # noqa: E402
 
 project = "aiordt"
 author = "The aiordt developers"
@@ -69,6 +70,7 @@ nitpick_ignore_regex = [
 _PUBLIC = {
     **{name: f"aiordt.{name}" for name in aiordt.__all__},
     **{name: f"aiordt.abc.{name}" for name in aiordt.abc.__all__},
+    "MemberGroup": "aiordt.collective.MemberGroup",
 }
 
 

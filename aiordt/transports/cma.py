@@ -232,6 +232,18 @@ class CmaLink(DrawingLink):
         self._check_alive()
         self._check_open()
 
+    def copy(self, address: int, target: int, nbytes: int) -> None:
+        """Read so many bytes there into ours here; blocks, without the GIL.
+
+        Whether the process still lives is for the caller to ask, once, after the last one (CMA-2).
+
+        Raises:
+            OwnerDiedError: The other process is gone.
+            TransferError: The memory is not there.
+        """
+        local, remote = _IOVEC.pack(target, nbytes), _IOVEC.pack(address, nbytes)
+        self._read_chunk((nbytes, local, remote))
+
     def _read_chunk(self, chunk: _Chunk) -> None:
         """One system call, usually; it may stop short between two pieces."""
         nbytes, local, remote = chunk

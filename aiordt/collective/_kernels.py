@@ -1,0 +1,91 @@
+"""Adding up: reductions of pieces of host memory, on one thread, without the GIL.
+
+numpy where it has the dtype, since its loops use no thread pool; PyTorch for the others, in
+pieces that stay below the size from which it would start its own threads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+
+from aiordt._memory import view_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = np.ndarray[Any, Any]
+
+#: PyTorch's grain: from more elements on, it spreads an operation over its threads.
+_GRAIN: Final = 32768
+_NUMPY: Final = {
+    "sum": np.add,
+    "avg": np.add,
+    "product": np.multiply,
+    "min": np.minimum,
+    "max": np.maximum,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
+}
+_TORCH: Final = {
+    "sum": torch.add,
+    "avg": torch.add,
+    "product": torch.mul,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
+
+
+def reduce_pieces(
+    op: str, sources: Sequence[torch.Tensor], out: torch.Tensor, scratch: torch.Tensor
+) -> None:
+    """Reduce flat tensors of equal size, in their order.
+
+    Args:
+        op: The reduction.
+        sources: What to reduce.
+        out: Where the result goes; it may be one of the sources.
+        scratch: As many elements of `working_dtype`, which are overwritten.
+    """
+    if scratch.dtype is out.dtype:
+        _reduce_numpy(op, [*map(_array, sources)], _array(out), _array(scratch))
+        return
+    for start in range(0, out.numel(), _GRAIN):
+        stop = start + _GRAIN
+        pieces = [source[start:stop] for source in sources]
+        _reduce_wide(op, pieces, out[start:stop], scratch[start:stop])
+
+
+def _array(flat: torch.Tensor) -> Array:
+    """Its memory as an array. Not ``flat.numpy()``, after which it could never be resized."""
+    dtype = torch.empty(0, dtype=flat.dtype).numpy().dtype
+    return np.frombuffer(view_memory(flat.data_ptr(), flat.nbytes, writable=True), dtype=dtype)
+
+
+def _reduce_numpy(op: str, sources: Sequence[Array], out: Array, scratch: Array) -> None:
+    function: Any = _NUMPY[op]
+    total = sources[0]
+    last = len(sources) - 1
+    for number in range(1, last + 1):
+        # Only the last step may write to ``out``: a source that is still needed may be there.
+        total = function(total, sources[number], out=out if number == last else scratch)
+    if last == 0 and not np.may_share_memory(out, total):
+        np.copyto(out, total)
+    if op == "avg":
+        np.divide(out, len(sources), out=out)
+
+
+def _reduce_wide(
+    op: str, sources: Sequence[torch.Tensor], out: torch.Tensor, total: torch.Tensor
+) -> None:
+    """In float32, and rounded once."""
+    total.copy_(sources[0])
+    function: Any = _TORCH[op]
+    for source in sources[1:]:
+        function(total, source.float(), out=total)
+    if op == "avg":
+        total /= len(sources)
+    out.copy_(total)

@@ -1,0 +1,335 @@
+"""The parts of groups that need no actors: agreeing, packing, adding up, matching.
+
+GRP-1: what differs is told to all. GRP-2: calls are matched by order, or by order within a tag.
+GRP-3: every call ends. GRP-5: all are told the same reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typing_extensions import override
+
+import aiordt
+from aiordt._errors import ProtocolViolationError
+from aiordt.collective import _bundle, _call, _message
+from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, Engine
+from aiordt.collective._kernels import reduce_pieces
+from aiordt.collective._mesh import Mesh
+from aiordt.collective._rules import (
+    Descriptor,
+    Spec,
+    agree,
+    check_reduction,
+    restore,
+    rows,
+    structure,
+    working_dtype,
+)
+from aiordt.collective._steps import Ended, Step
+from aiordt.testing import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aiordt.collective._steps import Steps
+
+shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
+dtypes = st.sampled_from([torch.float32, torch.int64, torch.bfloat16])
+specs = st.lists(st.builds(Spec, shapes, dtypes), min_size=1, max_size=6)
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_rows_are_cut_as_torch_does(length: int, size: int) -> None:
+    pieces = torch.arange(length).tensor_split(size)
+    cuts = [rows(length, size, rank) for rank in range(size)]
+    assert [high - low for low, high in cuts] == [len(piece) for piece in pieces]
+    assert cuts[0][0] == 0
+    assert cuts[-1][1] == length
+
+
+@given(specs, st.integers(1, 5), st.booleans())
+def test_what_is_packed_comes_out_again(chosen: list[Spec], size: int, cutting: bool) -> None:  # noqa: FBT001
+    tensors = [torch.randint(9, spec.shape).to(spec.dtype) for spec in chosen]
+    units = _bundle.plan(chosen, size, cutting=cutting)
+    assert sorted(place for unit in units for place in unit.places) == list(range(len(chosen)))
+    for unit in units:
+        flat = _bundle.packed(unit, tensors, cutting=cutting)
+        assert flat.numel() == unit.numel == unit.bounds[-1]
+        assert list(unit.bounds) == sorted(unit.bounds)
+        if not cutting:
+            for place, view in zip(unit.places, _bundle.unpacked(flat, unit.specs), strict=True):
+                assert torch.equal(view, tensors[place])
+            continue
+        for rank in range(size):
+            pieces = [_bundle.piece_spec(spec, size, rank) for spec in unit.specs]
+            piece = flat[unit.bounds[rank] : unit.bounds[rank + 1]]
+            for place, view in zip(unit.places, _bundle.unpacked(piece, pieces), strict=True):
+                assert torch.equal(view, tensors[place].tensor_split(size)[rank])
+
+
+def test_a_large_tensor_is_not_copied() -> None:
+    tensors = [torch.ones(1 << 18), torch.ones(3), torch.ones(4)]
+    units = _bundle.plan(_bundle.specs_of(tensors), 3, cutting=False)
+    flats = [_bundle.packed(unit, tensors, cutting=False) for unit in units]
+    assert sorted(flat.numel() for flat in flats) == [7, 1 << 18]
+    assert tensors[0].data_ptr() in [flat.data_ptr() for flat in flats]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16])
+def test_a_result_may_replace_any_source(dtype: torch.dtype, place: int) -> None:
+    sources = [torch.arange(70_000).remainder(50).to(dtype) + rank for rank in range(3)]
+    want = sum((source.double() for source in sources), torch.zeros(70_000).double())
+    scratch = torch.empty(70_000, dtype=working_dtype(dtype))
+    reduce_pieces("sum", sources, sources[place], scratch)
+    assert torch.equal(sources[place].double(), want.to(dtype).double())
+
+
+def test_half_precision_is_rounded_once() -> None:
+    sources = [torch.tensor([256.0]).bfloat16(), *[torch.tensor([1.0]).bfloat16()] * 8]
+    out = torch.empty(1, dtype=torch.bfloat16)
+    reduce_pieces("sum", sources, out, torch.empty(1))
+    assert out.item() == 264.0, "added up in bfloat16, it would stay 256"
+
+
+def test_reductions_that_have_no_meaning() -> None:
+    with pytest.raises(ValueError, match="there are sum, product"):
+        check_reduction("mean", torch.float32)
+    for op, dtype in [
+        ("band", torch.float32),
+        ("min", torch.complex64),
+        ("avg", torch.int32),
+        ("sum", torch.bool),
+        ("max", torch.float8_e8m0fnu),
+    ]:
+        with pytest.raises(TypeError):
+            check_reduction(op, dtype)
+
+
+def described(**changes: Any) -> bytes:
+    given: dict[str, Any] = {"op": "sum", "device": "cpu", "specs": (Spec((4,), torch.float32),)}
+    return Descriptor("allreduce", **{**given, **changes}).pack()
+
+
+def test_equal_calls_agree() -> None:
+    agreed = agree([described()] * 3)
+    assert agreed.specs == (Spec((4,), torch.float32),)
+    assert str(agreed) == "allreduce(float32[4], op='sum')"
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (described(op="max"), "other reductions"),
+        (described(specs=(Spec((3,), torch.float32),)), "float32[4] and float32[3], other shapes"),
+        (described(specs=(Spec((4,), torch.int8),)), "other dtypes"),
+        (described(specs=(Spec((4,), torch.float32),) * 2), "1 tensors and 2"),
+        (described(device="cuda"), "other devices"),
+        (Descriptor("barrier").pack(), "rank 2 called barrier()"),
+        (Descriptor("allreduce", error="no tensor").pack(), "rank 2: no tensor"),
+    ],
+)
+def test_differences_are_named(odd: bytes, words: str) -> None:  # GRP-1
+    with pytest.raises(aiordt.UsageError) as caught:
+        agree([described(), described(), odd])
+    assert words in str(caught.value)
+    assert "rank 2" in str(caught.value)
+
+
+def test_only_the_root_brings_tensors() -> None:
+    spec = (Spec((4,), torch.float32),)
+    silent = Descriptor("scatter", root=1).pack()
+    root = Descriptor("scatter", root=1, device="cpu", specs=spec, extra=["x", 0]).pack()
+    agreed = agree([silent, root, silent])
+    assert agreed.specs == spec
+    assert agreed.extra == ["x", 0]
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_descriptor_or_refused(data: bytes) -> None:
+    try:
+        found = Descriptor.unpack(data)
+    except ProtocolViolationError:
+        return
+    assert isinstance(found, Descriptor)
+
+
+def test_trees_travel_by_their_structure() -> None:
+    tree = {"a": [1.5, (2.5, {7: 3.5})], "b": 4.5}
+    leaves: list[float] = []
+
+    def leaf(value: object) -> int | None:
+        if not isinstance(value, float):
+            return None
+        leaves.append(value)
+        return len(leaves) - 1
+
+    found = structure(tree, leaf)
+    assert restore(found, leaves) == tree
+    with pytest.raises(TypeError, match="set"):
+        structure({"a": {1, 2}}, leaf)
+
+
+# --- engines over real sockets, in one process ---------------------------------------------
+
+
+class Inline(_call.Mover):
+    """Refuses what does not travel with its descriptor."""
+
+    @override
+    def move(self, call: Any, buffers: Any, announced: Any) -> Steps:
+        raise NotImplementedError
+        yield
+
+
+@asynccontextmanager
+async def engines(size: int) -> AsyncIterator[list[Engine]]:
+    socks: list[dict[int, socket.socket]] = [{} for _ in range(size)]
+    for low in range(size):
+        for high in range(low + 1, size):
+            socks[low][high], socks[high][low] = socket.socketpair()
+    labels = [f"member {rank}" for rank in range(size)]
+    made = [
+        Engine("g", labels, rank, Mesh(socks[rank], f"mesh-{rank}"), lambda: None)
+        for rank in range(size)
+    ]
+    try:
+        yield made
+    finally:
+        for engine in made:
+            engine.end(Ended(closed=True, why="closed"))
+            engine.mesh.join(5)
+
+
+async def allreduced(engine: Engine, t: torch.Tensor, lane: int = -1) -> torch.Tensor:
+    call = _call.Call("allreduce", engine.rank, engine.size, "sum", tensors=[t])
+    await engine.call(call, _call.collective(call, Inline()), lane=lane, light=True)
+    return t
+
+
+async def test_engines_match_by_lane_and_order() -> None:  # GRP-2
+    async with engines(3) as made:
+
+        async def member(engine: Engine) -> list[float]:
+            lanes = [5, -1, 9, -1] if engine.rank else [-1, 9, -1, 5]
+            nth: dict[int, int] = {}
+            calls = []
+            for lane in lanes:
+                number = nth[lane] = nth.get(lane, -1) + 1
+                calls.append(allreduced(engine, torch.tensor([100.0 * lane + number]), lane))
+            done = dict(zip(range(4), await asyncio.gather(*calls), strict=True))
+            return sorted(float(t) for t in done.values())
+
+        results = await asyncio.gather(*map(member, made))
+        assert results == [[-300.0, -297.0, 1500.0, 2700.0]] * 3
+
+
+async def test_the_end_has_one_reason() -> None:  # GRP-3, GRP-5
+    async with engines(3) as made:
+        pending = [asyncio.ensure_future(allreduced(engine, torch.ones(1))) for engine in made[:2]]
+        await asyncio.sleep(0)
+        made[0].end(Ended(closed=False, why="out of cheese"))
+        ended = await asyncio.gather(*pending, return_exceptions=True)
+        assert [str(error) for error in ended] == ["out of cheese"] * 2
+        await eventually(lambda: made[2].over is not None, what="the end is known")
+        with pytest.raises(aiordt.GroupError, match="out of cheese"):
+            await allreduced(made[2], torch.ones(1))
+
+
+async def test_a_connection_that_ends_names_its_member() -> None:  # GRP-3
+    async with engines(2) as made:
+        pending = asyncio.ensure_future(allreduced(made[0], torch.ones(1)))
+        await asyncio.sleep(0)
+        made[1].mesh.close()  # without a word
+        with pytest.raises(aiordt.GroupError, match=r"rank 1 \(member 1\) is gone"):
+            await pending
+
+
+@pytest.mark.parametrize("garbage", [struct.pack("!I", 3), struct.pack("!I", 1 << 31) + bytes(60)])
+async def test_garbage_on_a_connection_ends_the_group(garbage: bytes) -> None:  # GRP-3
+    ours, theirs = socket.socketpair()
+    with theirs:
+        engine = Engine("g", ["a", "b"], 0, Mesh({1: ours}, "mesh"), lambda: None)
+        pending = asyncio.ensure_future(allreduced(engine, torch.ones(1)))
+        await asyncio.sleep(0)
+        theirs.sendall(garbage + bytes(30))
+        with pytest.raises(aiordt.GroupError, match="sent a frame of"):
+            await pending
+        engine.mesh.join(5)
+
+
+async def test_a_peer_that_does_not_read_stops_nobody() -> None:
+    """What does not fit into a socket waits, and arrives in order."""
+    async with engines(2) as made:
+        gate = asyncio.Event()
+
+        async def first() -> None:
+            calls = [allreduced(made[0], torch.full((4000,), float(n))) for n in range(200)]
+            task = asyncio.gather(*calls)
+            await asyncio.sleep(0.05)
+            gate.set()
+            await task
+
+        async def second() -> None:
+            await gate.wait()
+            for n in range(200):
+                assert float((await allreduced(made[1], torch.full((4000,), 1.0)))[0]) == n + 1
+
+        await asyncio.wait_for(asyncio.gather(first(), second()), 20)
+
+
+async def test_messages_by_pieces() -> None:
+    """Where no memory can be read, the receiver asks for piece after piece."""
+    async with engines(2) as made:
+        sent = {"a": torch.arange(400_000), "b": torch.ones(5, 7)[:, 3]}
+        into = [torch.zeros(400_000, dtype=torch.int64), torch.zeros(10)[::2]]
+        sending = made[0].call(
+            "send", _message.send(list(sent.values()), 1), lane=3, kind=TO_RECEIVER, other=1
+        )
+        receiving = made[1].call(
+            "recv", _message.receive(into, 0, made[1], None), lane=3, kind=TO_SENDER, other=0
+        )
+        await asyncio.wait_for(asyncio.gather(sending, receiving), 20)
+        assert torch.equal(into[0], sent["a"])
+        assert torch.equal(into[1], sent["b"])
+
+
+async def test_an_operation_that_fails_ends_the_group_for_all() -> None:  # GRP-3, GRP-5
+    async with engines(2) as made:
+
+        def steps(*, fail: bool) -> Steps:
+            yield Step(b"")
+            if fail:
+                raise MemoryError("none left")
+            yield Step(b"")
+
+        calls = [engine.call("work", steps(fail=engine.rank == 1)) for engine in made]
+        ended = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        assert {str(error) for error in ended} == {
+            "group 'g': work failed on rank 1 (member 1): none left"
+        }
+
+
+async def test_a_timeout_names_who_is_late() -> None:  # GRP-3
+    async with engines(3) as made:
+        calls = [
+            engine.call("work", iter_steps(), timeout=0.05 if engine.rank == 0 else None)
+            for engine in made[:2]
+        ]
+        ended = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        assert {str(error) for error in ended} == {
+            "group 'g': work timed out on rank 0, waiting for rank 2 (member 2)"
+        }
+
+
+def iter_steps() -> Steps:
+    yield Step(b"")
