@@ -145,12 +145,7 @@ class Puller:
         if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
             return None
         forced = transport or ref.header.transport
-        peer_id = ref.header.address.runtime_id
-        found = None
-        if forced is None and ref.meta.segment and not self.routes.refused(peer_id, "shm"):
-            found = self.routes.known(peer_id, "shm")
-        else:
-            found = self.routes.known(peer_id, forced)
+        found = self.routes.known(ref.header.address.runtime_id, forced or self.suited(ref))
         if found is None:
             return None
         name, link = found

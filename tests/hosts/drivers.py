@@ -286,7 +286,7 @@ async def neighbours(count: int) -> list[Any]:
 
 
 async def crossing() -> object:
-    owner, (late, *consumers) = shared("h1"), await neighbours(5)
+    owner, (late, *consumers) = shared("h1"), await neighbours(9)
     tree = await owner.make.remote(64 * MIB, 1)
     strided = await owner.make_strided.remote("columns", 2)
     rounds = []
@@ -297,7 +297,7 @@ async def crossing() -> object:
     keeping = await asyncio.gather(*(each.keeps.remote() for each in [*consumers, late]))
     small = await asyncio.gather(*(each.check.remote(strided, 2, "columns") for each in consumers))
     del tree, strided
-    await neighbours(5)  # keep nothing any more
+    await neighbours(9)  # keep nothing any more
     return {"rounds": rounds, "keeping": keeping, "small": small}
 
 
