@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 from typing_extensions import override
 
 from aiordt._errors import ClosedError
-from aiordt._memory import view_memory
+from aiordt._memory import ALIGNMENT, view_memory
 from aiordt._progress import finish, settle
 from aiordt._types import MIB
 from aiordt.transports._ucp import Ucp, UcxError
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from aiordt.abc import Part
     from aiordt.transports._ucp import Endpoint, Request
 
-#: As of tensors that lie next to each other in one piece of memory.
-_ALIGNMENT: Final = 64
 #: Smaller parts share a message, since each costs tens of microseconds ...
 _OWN_MESSAGE_NBYTES: Final = 1 * MIB
 #: ... up to this size: the processor's cache still has it when it is copied once more.
@@ -78,7 +76,7 @@ def messages(sizes: Iterable[int], *, shared: bool) -> Iterator[list[Piece]]:
     room = _BLOCK_NBYTES
     for place, size in enumerate(sizes):
         if shared and 0 < size < _OWN_MESSAGE_NBYTES:
-            taken = -(-size // _ALIGNMENT) * _ALIGNMENT  # as where they may arrive in one piece
+            taken = -(-size // ALIGNMENT) * ALIGNMENT  # as where they may arrive in one piece
             if taken > room:
                 yield small
                 small, room = [], _BLOCK_NBYTES
