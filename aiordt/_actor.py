@@ -12,11 +12,13 @@ from typing_extensions import override
 from aiordt._errors import InvalidTypeError, UsageError
 from aiordt._export import check_transport, export, export_blocking
 from aiordt._get import get, get_blocking
-from aiordt.collective._member import MemberGroup, group_here
 from aiordt.collective._members import announce
+from aiordt.collective._service import group_here
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
+
+    from aiordt.collective._member import MemberGroup
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 

@@ -1,7 +1,8 @@
 """Many refs pulled at once: what to read, and the tensors that it becomes.
 
 Refs of one export whose tensors share memory are read once, and arrive sharing memory. No
-other two tensors share any, so that keeping one keeps no other alive.
+other two tensors share a storage. Small ones lie next to each other on trays of warm memory,
+which is used again when the last of a tray's tensors is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from aiordt._landing import (
 )
 from aiordt._layout import Cut, span
 from aiordt._leaves import as_tensor
-from aiordt._memory import MIN_BLOCK, view_memory
+from aiordt._memory import ALIGNMENT, HUGE_PAGE, MIN_BLOCK, view_memory
 from aiordt._sharing import UNTIED, Ties, tie, within
 from aiordt._ties import Extent, Group, contiguous_stride, overlapping
 from aiordt._types import DTYPES, ITEMSIZES
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
     from aiordt._memory import Pool
     from aiordt._wire import TensorMeta
 
-#: What is prepared in one go, while other bytes arrive: at most about 1 ms of the loop's time.
-STEP_NBYTES: Final = 8 << 20
-STEP_COUNT: Final = 512
+#: Keeping one small tensor keeps so much memory at most.
+_TRAY_NBYTES: Final = HUGE_PAGE
 
 
 class _Shared(NamedTuple):
@@ -65,10 +65,10 @@ def tied(refs: Sequence[Pullable], sizes: Sequence[int], *, apart: bool = False)
         ~0.2 µs a ref where none do.
     """
     metas = [ref.meta for ref in refs]
-    spans = [
-        nbytes if meta.stride is None else span(meta.shape, meta.stride, ITEMSIZES[meta.dtype])
-        for meta, nbytes in zip(metas, sizes, strict=True)
-    ]
+    spans = list(sizes)
+    for place, meta in enumerate(metas):
+        if meta.stride is not None:
+            spans[place] = span(meta.shape, meta.stride, ITEMSIZES[meta.dtype])
     suspects = overlapping([meta.address for meta in metas], spans)
     if not suspects:
         return UNTIED
@@ -117,7 +117,7 @@ def parcels(ties: Ties, places: Sequence[int], sizes: Sequence[int], limit: int)
 
 
 class Batch:
-    """Tensors that are being received from one owner, in one read or in steps.
+    """Tensors that are being received from one owner.
 
     Args:
         refs: What is pulled: with elements, and not by value.
@@ -129,7 +129,7 @@ class Batch:
     Attributes:
         refs: As given.
         sizes: As given.
-        nbytes: Bytes that move.
+        nbytes: Bytes that move, of what has been prepared.
     """
 
     def __init__(
@@ -148,7 +148,6 @@ class Batch:
         self._landings: list[tuple[int, Landing]] = []
         self._shared: list[_Shared] = []
         self._twins: dict[int, int] = {}
-        self._next = 0
         for first, *others in ties.twins:
             self._twins.update(dict.fromkeys(others, first))
         self._groups = ties.groups
@@ -156,72 +155,82 @@ class Batch:
         self._apart.update(self._twins)
         self.nbytes = 0
 
-    @property
-    def landed(self) -> bool:
-        """Whether memory for all of them has been prepared."""
-        return self._next >= len(self.refs) and not self._groups
-
-    def land(self, pool: Pool, *, whole: bool) -> list[Part]:
-        """Prepare memory for the next ones; what to read into it.
-
-        Args:
-            pool: Where memory comes from.
-            whole: For all of them.
+    def land(self, pool: Pool) -> Iterator[Part]:
+        """Prepare memory for one after the other; what to read into it.
 
         Cost:
             ~2 µs a tensor.
         """
-        parts: list[Part] = []
-        nbytes = 0
-        if self._next == 0:
-            for group in self._groups:
-                parts += self._land_shared(group, pool)
-            self._groups = []
-            nbytes = sum(part.nbytes for part in parts)
+        for group in self._groups:
+            yield from self._land_shared(group, pool)
         plain = self._into is None and self._dtype is None
-        empty = torch.empty
-        for place in range(self._next, len(self.refs)):
-            if not whole and (nbytes >= STEP_NBYTES or len(parts) >= STEP_COUNT):
-                break
-            self._next = place + 1
+        tray: list[int] = []
+        room = _TRAY_NBYTES
+        for place, (ref, size) in enumerate(zip(self.refs, self.sizes, strict=True)):
             if place in self._apart:
                 continue
-            ref = self.refs[place]
             meta = ref.meta
-            simple = not meta.flags and not meta.device and ref.cls is None
-            if plain and simple and meta.stride is None and meta.offset is None:
-                dtype = DTYPES[meta.dtype] or dtype_of(meta.dtype)
-                size = self.sizes[place]
-                tensor = (
-                    empty(meta.shape, dtype=dtype)
-                    if size < MIN_BLOCK
-                    else pool.empty(meta.shape, dtype)
-                )
-                self._results[place] = tensor
-                part = Part(
-                    ref.header.key,
-                    ref.index,
-                    meta.address,
-                    tensor.data_ptr(),
-                    size,
-                    None,
-                    meta.segment,
-                    "cpu",
-                    tensor,
-                )
-            else:
-                into = None if self._into is None else self._into[place]
-                landing = land(ref, pool, into, self._dtype)
-                self._landings.append((place, landing))
-                part = landing.part
-            parts.append(part)
-            nbytes += part.nbytes
-        self.nbytes += nbytes
+            if (
+                plain
+                and size < MIN_BLOCK
+                and meta.stride is None
+                and meta.offset is None
+                and not meta.flags
+                and not meta.device
+                and ref.cls is None
+            ):
+                taken = -(-size // ALIGNMENT) * ALIGNMENT
+                if taken > room:
+                    yield from self._land_on_tray(tray, pool)
+                    tray = []
+                    room = _TRAY_NBYTES
+                tray.append(place)
+                room -= taken
+                continue
+            into = None if self._into is None else self._into[place]
+            yield self._land_alone(place, pool, into)
+        yield from self._land_on_tray(tray, pool)
+
+    def _land_alone(self, place: int, pool: Pool, into: torch.Tensor | None = None) -> Part:
+        landing = land(self.refs[place], pool, into, self._dtype)
+        self._landings.append((place, landing))
+        self.nbytes += landing.part.nbytes
+        return landing.part
+
+    def _land_on_tray(self, places: list[int], pool: Pool) -> list[Part]:
+        refs, sizes, results = self.refs, self.sizes, self._results
+        need = sum(-(-sizes[place] // ALIGNMENT) * ALIGNMENT for place in places)
+        buffer = pool.tray(need)
+        if buffer is None:
+            return [self._land_alone(place, pool) for place in places]
+        frombuffer = torch.frombuffer
+        flat = frombuffer(buffer, dtype=torch.uint8, count=need)
+        base = flat.data_ptr()
+        offset = 0
+        parts = []
+        for place in places:
+            ref, size = refs[place], sizes[place]
+            meta = ref.meta
+            code, shape = meta.dtype, meta.shape
+            tensor = frombuffer(
+                buffer,
+                dtype=DTYPES[code] or dtype_of(code),
+                count=size // ITEMSIZES[code],
+                offset=offset,
+            )
+            results[place] = tensor if len(shape) == 1 else tensor.resize_(shape)
+            key, target = ref.header.key, base + offset
+            parts.append(
+                Part(key, ref.index, meta.address, target, size, None, meta.segment, "cpu", flat)
+            )
+            offset += -(-size // ALIGNMENT) * ALIGNMENT
+        self.nbytes += sum(part.nbytes for part in parts)
         return parts
 
     def _land_shared(self, group: Group, pool: Pool) -> Iterator[Part]:
         flat = pool.empty((group.nbytes,), torch.uint8)
         self._shared.append(_Shared(group, flat))
+        self.nbytes += sum(piece.nbytes for piece in group.pieces)
         for piece in group.pieces:
             ref = self.refs[piece.member]
             meta = ref.meta

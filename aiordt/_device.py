@@ -16,7 +16,7 @@ import asyncio
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from typing_extensions import override
@@ -27,10 +27,20 @@ from aiordt._progress import Workers, finish, post, settle
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from aiordt.abc import Event
-
 #: Threads that wait for devices; one for each export that somebody waits for.
 _MAX_WAITING: Final = 64
+
+
+class Event(Protocol):
+    """Work that was queued on a device, to be waited for."""
+
+    def done(self) -> bool:
+        """Whether the work has finished. Never blocks."""
+        ...
+
+    async def wait(self) -> None:
+        """Wait for the work without blocking the loop."""
+        ...
 
 
 class DeviceWarning(UserWarning):

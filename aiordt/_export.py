@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
+    from aiordt._device import Event
     from aiordt._exports import Export
-    from aiordt.abc import Event
 
 _CLONE_ON_LOOP_NBYTES: Final = MIB
 
@@ -162,27 +162,37 @@ class Exporting:
         if self._exported:
             self._ready = _device.record(self._tensors[index] for index in self._exported)
 
-    async def begin(self) -> int:
-        """Hold what is to be exported, once there is room for it.
+    @property
+    def may_wait(self) -> bool:
+        """Whether there may be no room yet, so that `begin_when_room` is to be used."""
+        return bool(self._exported) and self.runtime.registry.limited
+
+    def begin(self) -> int:
+        """Hold what is to be exported.
 
         Returns:
             How many leases it needs.
         """
         if not self._exported:
             return 0
-        registry = self.runtime.registry
         tensors = [self._tensors[index] for index in self._exported]
-        if registry.limited:
-            self._export = await registry.begin_when_room(tensors, self._label, self._ready)
-        else:
-            self._export = registry.begin(tensors, self._label, self._ready)
+        return self._begun(self.runtime.registry.begin(tensors, self._label, self._ready))
+
+    async def begin_when_room(self) -> int:
+        """As `begin`, once there is room for it."""
+        tensors = [self._tensors[index] for index in self._exported]
+        registry = self.runtime.registry
+        return self._begun(await registry.begin_when_room(tensors, self._label, self._ready))
+
+    def _begun(self, export: Export) -> int:
+        self._export = export
         if self._others:
-            self._export.others = {
+            export.others = {
                 number: self._others[position]
                 for number, position in enumerate(self._exported)
                 if position in self._others
             }
-        return len(self._export.groups)
+        return len(export.groups)
 
     def abandon(self) -> None:
         """Undo `begin`."""
@@ -265,7 +275,7 @@ async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool
             with exporting.runtime.registry.holding(exporting.originals):  # REG-3
                 await finish(exporting.runtime.workers.run(exporting.clone))
     exporting.record()
-    count = await exporting.begin()
+    count = await exporting.begin_when_room() if exporting.may_wait else exporting.begin()
     try:
         markers = await exporting.runtime.markers.take(count) if count else []
     except BaseException:
@@ -283,7 +293,10 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
     if exporting.clones:
         exporting.clone()
     exporting.record()
-    count = exporting.runtime.io.run_sync(exporting.begin())
+    if exporting.may_wait:
+        count = exporting.runtime.io.run_sync(exporting.begin_when_room())
+    else:
+        count = exporting.begin()
     try:
         markers = exporting.runtime.markers.take_blocking(count) if count else []
     except BaseException:

@@ -19,8 +19,8 @@ from aiordt._wire import new_key
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from aiordt._device import Event
     from aiordt._layout import Cut
-    from aiordt.abc import Event
 
 #: Storages from this size on have a lease each; the smaller ones of a result share one.
 LEASE_NBYTES: Final = 1 * MIB

@@ -164,14 +164,14 @@ async def _resolve(leaves: Sequence[Any], call: _Call, name: Callable[[Any], str
     return values
 
 
-async def _fetch_objects(x: Any) -> Any:  # noqa: ANN401
+async def fetch_objects(x: Any) -> Any:  # noqa: ANN401
     """``x`` with values in the places of its ObjectRefs, and TensorRefs left as they are."""
     flat = Flat(x, lambda value: isinstance(value, ObjectRef))
     if not flat.leaves:
         return x
 
     async def follow(ref: ObjectRef[Any]) -> Any:  # noqa: ANN401
-        return await _fetch_objects(await _ray.fetch(ref))
+        return await fetch_objects(await _ray.fetch(ref))
 
     return flat.rebuild(await run_all([follow(ref) for ref in flat.leaves]))
 
@@ -186,7 +186,7 @@ async def _get_into(
 ) -> Any:  # noqa: ANN401
     if device is not None or dtype is not None:
         raise InvalidValueError("into= says device and dtype already: leave out device= and dtype=")
-    tree = await _fetch_objects(x)
+    tree = await fetch_objects(x)
     flat, targets, tensors = await targets_for(tree, into)
     if flat.leaves:
         await current_for(flat.leaves[0]).pull_all(

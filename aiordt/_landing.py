@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -112,7 +113,7 @@ def check_reach(name: str, link: Link, refs: Sequence[Pullable]) -> None:
         UnavailableError: It can neither read it nor have its owner stage it.
     """
     for ref in refs:
-        reason = out_of_reach(link, ref)
+        reason = ref.meta.device and out_of_reach(link, ref)
         if reason:
             raise UnavailableError(f"{name}: {reason}", reason=reason, transport=name)
 
@@ -146,10 +147,7 @@ def dense_stride_of(meta: TensorMeta) -> tuple[int, ...]:
 
 def num_bytes(meta: TensorMeta) -> int:
     """Size of a tensor, in bytes."""
-    nbytes = ITEMSIZES[meta.dtype]
-    for size in meta.shape:
-        nbytes *= size
-    return nbytes
+    return prod(meta.shape) * ITEMSIZES[meta.dtype]
 
 
 def describe(ref: Pullable) -> str:

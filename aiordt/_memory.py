@@ -4,8 +4,8 @@ Fresh memory costs page faults worth seven times the copy, so what a tensor was 
 into is kept and lent again once nothing can reach it any more (`Pool`).
 
 Invariants:
-    MEM-1  A pool block is lent to one storage at a time: it comes back when that storage is
-           gone, whatever views and tensors of it there were.
+    MEM-1  A pool block is lent once at a time, to one storage or to those of one tray: it
+           comes back when they are all gone, whatever views and tensors of them there were.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 HUGE_PAGE: Final = 2 * MIB
+#: Bytes to which tensors are aligned where several lie in one piece of memory (a cache line).
+ALIGNMENT: Final = 64
 #: Smaller tensors are left to malloc, which keeps such memory warm by itself.
 MIN_BLOCK: Final = 1 * MIB
 
@@ -118,7 +120,7 @@ class Home(Protocol):
 
 
 class Lent(ctypes.Array[ctypes.c_ubyte]):
-    """The buffer under a storage that was made on lent memory; gone when the storage is.
+    """The buffer under storages that were made on lent memory; gone when they are.
 
     Attributes:
         home: Who is told then.
@@ -136,14 +138,19 @@ class Lent(ctypes.Array[ctypes.c_ubyte]):
             self.home.take_back(block)
 
 
+def lend(address: int, home: Home, block: object) -> Lent:
+    """A buffer at ``address``, which ``home`` takes back when nothing uses it any more."""
+    lent = Lent.from_address(address)
+    lent.home = home
+    lent.block = block
+    return lent
+
+
 def lent_tensor(
     address: int, numel: int, dtype: torch.dtype, home: Home, block: object
 ) -> torch.Tensor:
     """A flat tensor on lent memory, which ``home`` takes back when the storage dies."""
-    lent = Lent.from_address(address)
-    lent.home = home
-    lent.block = block
-    return torch.frombuffer(lent, dtype=dtype, count=numel)
+    return torch.frombuffer(lend(address, home, block), dtype=dtype, count=numel)
 
 
 def laid_out(
@@ -194,12 +201,29 @@ class Pool:
             if stride is None:
                 return torch.empty(shape, dtype=dtype)
             return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype)
+        block = self._block(nbytes)
+        return laid_out(lent_tensor(block.address, numel, dtype, self, block), shape, stride)
+
+    def tray(self, nbytes: int) -> Lent | None:
+        """Warm memory for several small tensors: the buffer to make their storages on.
+
+        Returns:
+            The buffer; ``None`` where those are better made one by one.
+
+        Cost:
+            As `empty`.
+        """
+        if nbytes < MIN_BLOCK or nbytes > self._limit or self._closed:
+            return None
+        block = self._block(nbytes)
+        return lend(block.address, self, block)
+
+    def _block(self, nbytes: int) -> _Block:
         size = block_nbytes(nbytes)
         try:
-            block = self._free.setdefault(size, []).pop()
+            return self._free.setdefault(size, []).pop()
         except IndexError:
-            block = _Block(size)
-        return laid_out(lent_tensor(block.address, numel, dtype, self, block), shape, stride)
+            return _Block(size)
 
     def take_back(self, block: _Block) -> None:
         """See `Home`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -41,6 +40,7 @@ from aiordt._progress import finish, run_all
 from aiordt._route import NOT_SHARED
 from aiordt._slices import view_of
 from aiordt._types import MIB
+from aiordt.abc import DrawingLink
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from aiordt._route import Routes
     from aiordt._sharing import Ties
     from aiordt._types import Owner
-    from aiordt.abc import Link, Part, PeerAddress
+    from aiordt.abc import Link, PeerAddress
 
 _T = TypeVar("_T")
 
@@ -64,12 +64,12 @@ STALE_REF: Final = "this ref belongs to a Ray session that has ended (ray.shutdo
 _RAY_SECONDS: Final = 1.0
 #: Bytes that awaits may copy on the caller's loop before one of them lets others run.
 _COURTESY_NBYTES: Final = 4 * MIB
-#: Reads of one batch that are under way at once.
-_STEPS_AHEAD: Final = 2
 #: Transports whose readers are on their owner's host.
 _SAME_HOST: Final = frozenset({"shm", "cma", "cuda_ipc"})
 #: Larger copies are made on a worker thread.
 _COPY_ON_LOOP_NBYTES: Final = MIB
+#: Memory for more tensors is prepared on a worker thread: 1 ms of the loop's time.
+_LAND_ON_LOOP_COUNT: Final = 512
 
 
 class _Wanted(NamedTuple):
@@ -145,12 +145,7 @@ class Puller:
         if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
             return None
         forced = transport or ref.header.transport
-        peer_id = ref.header.address.runtime_id
-        found = None
-        if forced is None and ref.meta.segment and not self.routes.refused(peer_id, "shm"):
-            found = self.routes.known(peer_id, "shm")
-        else:
-            found = self.routes.known(peer_id, forced)
+        found = self.routes.known(ref.header.address.runtime_id, forced or self.suited(ref))
         if found is None:
             return None
         name, link = found
@@ -391,44 +386,27 @@ class Puller:
         return await batch.hand_over(tensors)
 
     async def _read(self, batch: Batch, name: str, link: Link, *, shared: bool) -> None:
-        """Read a batch; where the link does not mind, in steps, the next prepared meanwhile.
-
-        ``shared``: with neighbours, if its owner is on another host.
-        """
-        parts = batch.land(self.pool, whole=not link.splits)
+        """Read a batch; ``shared``: with neighbours, if its owner is on another host."""
+        coming = batch.land(self.pool)
+        if isinstance(link, DrawingLink) and sum(batch.sizes) > link.nowait_nbytes:
+            await link.read_drawn(coming, {ref.meta.segment for ref in batch.refs})
+            self.counters.pulled(name, len(batch.refs), batch.nbytes)
+            return
+        if len(batch.refs) > _LAND_ON_LOOP_COUNT:
+            parts = await finish(self.workers.run(lambda: [*coming]))
+        else:
+            parts = [*coming]
         # A neighbour may read by a link that does not convert.
         converted = any(part.cut is not None and part.cut.dtype is not None for part in parts)
-        if shared and batch.landed and not converted and self.relay.wants(parts):
+        if shared and not converted and self.relay.wants(parts):
             header = batch.refs[0].header
             way, _ = await self.routes.find(header.address, header.owner, None)
             if way not in _SAME_HOST:
                 await self.relay.read(header.address, parts, name, link)  # counts by itself
                 return
-        if batch.landed:
-            if not link.read_nowait(parts):
-                await link.read(parts)
-        else:
-            await self._read_in_steps(batch, parts, link)
+        if not link.read_nowait(parts):
+            await link.read(parts)
         self.counters.pulled(name, len(batch.refs), batch.nbytes)
-
-    async def _read_in_steps(self, batch: Batch, parts: list[Part], link: Link) -> None:
-        loop = asyncio.get_running_loop()
-        reading: deque[asyncio.Task[None]] = deque()
-        try:
-            while parts:
-                if reading or not link.read_nowait(parts):
-                    reading.append(loop.create_task(link.read(parts)))
-                await asyncio.sleep(0)  # the loop has its turn, and the read starts
-                parts = batch.land(self.pool, whole=False)
-                while reading and (len(reading) == _STEPS_AHEAD or not parts):
-                    oldest = reading[0]
-                    await finish(oldest, oldest.cancel)
-                    reading.popleft()  # type: ignore[unused-awaitable]
-        finally:
-            for task in reading:
-                task.cancel()
-            if reading:  # OWN-1
-                await finish(asyncio.gather(*reading, return_exceptions=True))
 
     async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
         if ref.inline is None and ref.header.address.runtime_id == self.address.runtime_id:

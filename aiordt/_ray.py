@@ -191,6 +191,11 @@ def weak_handle(data: bytes) -> Any:  # noqa: ANN401
     return ray.actor.ActorHandle._deserialization_helper(data, True)  # noqa: FBT003, SLF001
 
 
+def kill(handle: Any) -> None:  # noqa: ANN401
+    """End an actor."""
+    ray.kill(handle)
+
+
 def publish_actor(session: Session, actor_id: str, record: bytes) -> None:
     """Put what others must know of this actor where they find it. Blocks for a round trip."""
     client: Any = session.client

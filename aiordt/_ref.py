@@ -69,7 +69,17 @@ class TensorRef:
         transport: The transport that the exporter demanded, or ``None``.
     """
 
-    __slots__ = ("__weakref__", "_meta", "_packed", "cls", "header", "index", "inline", "lease")
+    __slots__ = (
+        "__weakref__",
+        "_hash",
+        "_meta",
+        "_packed",
+        "cls",
+        "header",
+        "index",
+        "inline",
+        "lease",
+    )
 
     header: Header
     index: int
@@ -93,6 +103,7 @@ class TensorRef:
         self.cls = cls
         self._packed = packed
         self._meta: TensorMeta | None = None
+        self._hash = 0
         live.add(id(self))
 
     def __del__(self) -> None:
@@ -218,7 +229,10 @@ class TensorRef:
 
     @override
     def __hash__(self) -> int:
-        return hash((self.header.key, self._packed))
+        found = self._hash
+        if not found:
+            found = self._hash = hash((self.header.key, self._packed))
+        return found
 
     def __copy__(self) -> TensorRef:
         return TensorRef(self.header, self.index, self._packed, self.lease, self.inline, self.cls)
@@ -318,6 +332,12 @@ def _rebuild_header(
 def _reduce_header(header: Header) -> tuple[object, ...]:
     args: tuple[object, ...] = (header.origin, header.key, header.transport)
     return _rebuild_header, (*args, True) if header.pending else args
+
+
+def header_of(address: PeerAddress, owner: Owner, key: bytes) -> Header:
+    """The header of a result that another process exported."""
+    origin = _pack_origin(address, owner)
+    return Header(_ray.session_or_none(), origin, address, owner, key, None)
 
 
 def make_header(key: bytes, transport: str | None, *, pending: bool = False) -> Header:

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from aiordt._device import Event
     from aiordt._exports import StorageKey
     from aiordt._progress import Workers
     from aiordt._wire import Item
-    from aiordt.abc import Event
 
 
 @dataclass(slots=True, eq=False)
@@ -385,7 +385,7 @@ class Registry(Source):
                 )
             views = await _device.stage(views, dtypes, self._workers)
             pieces = [view_memory(view.data_ptr(), view.nbytes) for view in views]
-            yield Served(pieces, _device.DONE)
+            yield Served(pieces)
 
     def close(self) -> None:
         """Give everything up; waiters are woken and see that the runtime has ended."""

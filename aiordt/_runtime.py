@@ -74,6 +74,10 @@ class Service(ABC):
         """Take over an authenticated stream that a peer opened, if it is this service's."""
 
     @abstractmethod
+    def lost(self, peer_id: bytes) -> None:
+        """The connection to a peer has ended, and perhaps the peer."""
+
+    @abstractmethod
     async def aclose(self) -> None:
         """End everything."""
 
@@ -204,6 +208,8 @@ class Runtime(Puller):
         return self.transports.accept(stream, peer_id, sock)
 
     def _lost(self, peer_id: bytes) -> None:
+        for service in self.services:
+            service.lost(peer_id)
         self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)

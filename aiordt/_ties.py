@@ -85,10 +85,12 @@ def overlapping(addresses: Sequence[int], spans: Sequence[int]) -> list[int]:
     """Those whose span of bytes overlaps another's.
 
     Cost:
-        ~0.2 µs each.
+        ~0.1 µs each, 0.2 µs where they are not in the order of their addresses.
     """
     starts = np.fromiter(addresses, dtype=np.int64, count=len(addresses))
     ends = starts + np.fromiter(spans, dtype=np.int64, count=len(spans))
+    if (starts[1:] >= ends[:-1]).all():  # as they are in memory
+        return []
     order = np.argsort(starts, kind="stable")
     joined = starts[order][1:] < np.maximum.accumulate(ends[order])[:-1]
     if not joined.any():

@@ -123,6 +123,8 @@ class Flat:
         return self._tree if self._rebuild is None else self._rebuild(values)
 
     def _leaf(self, leaf: object) -> int:
+        if not self._every and len(self._indices) < len(self.leaves):
+            self._indices = {self._same(leaf): i for i, leaf in enumerate(self.leaves)}
         same = self._same(leaf)
         index = None if self._every else self._indices.get(same)
         if index is None:
@@ -157,7 +159,11 @@ class Flat:
         exact = type(value) is dict or type(value) is OrderedDict
         if exact and all(map(self._wanted, value.values())):  # a state dict: 3 times as fast
             keys, make = list(value), type(value)
-            indices = list(map(self._leaf, value.values()))
+            leaves = list(value.values())
+            if not self.leaves and len(set(map(self._same, leaves))) == len(leaves):
+                self.leaves = leaves
+                return lambda values: make(zip(keys, values[: len(keys)], strict=True))
+            indices = list(map(self._leaf, leaves))
             return lambda values: make(zip(keys, map(values.__getitem__, indices), strict=True))
         parts = {key: rebuild for key, item in value.items() if (rebuild := self._visit(item))}
         if not parts:
@@ -379,29 +385,43 @@ def place(tree: object, leaf: object, root: str) -> str:
     return ""
 
 
-def match(tree: object, like: object, wanted: Callable[[object], bool]) -> list[Any]:
+def match(
+    tree: object,
+    like: object,
+    wanted: Callable[[object], bool],
+    fits: Callable[[object], bool] = is_target,
+    path: str = "into",
+) -> list[Any]:
     """What ``like`` has in the places of the wanted leaves of ``tree``, in tree order.
 
+    Args:
+        tree: The tree.
+        like: One of the same structure.
+        wanted: What is a leaf.
+        fits: What may be in the place of one.
+        path: How errors call ``like``.
+
     Raises:
-        InvalidTypeError: A place holds no tensor, or the structures differ; names the place.
+        InvalidTypeError: What is in a place does not fit.
+        InvalidValueError: The structures differ. Both name the place.
     """
     found: list[Any] = []
-    _match(tree, like, wanted, "into", found)
+    _match(tree, like, wanted, fits, path, found)
     return found
 
 
-def _match(
+def _match(  # noqa: PLR0917  (recursive)
     tree: Any,  # noqa: ANN401
     like: Any,  # noqa: ANN401
     wanted: Callable[[object], bool],
+    fits: Callable[[object], bool],
     path: str,
     found: list[Any],
 ) -> None:
     if wanted(tree):
-        if not is_target(like):
-            raise InvalidTypeError(
-                f"{path} must be a tensor or a plain array, not {type(like).__name__}"
-            )
+        if not fits(like):
+            must = "a tensor or a plain array" if fits is is_target else "a TensorRef"
+            raise InvalidTypeError(f"{path} must be {must}, not {type(like).__name__}")
         found.append(like)
         return
     children = _children(tree)
@@ -414,7 +434,7 @@ def _match(
             f"{sorted(map(str, children))}"
         )
     for key, child in children.items():
-        _match(child, others[key], wanted, f"{path}[{key!r}]", found)
+        _match(child, others[key], wanted, fits, f"{path}[{key!r}]", found)
 
 
 def _children(tree: Any) -> dict[Any, Any]:  # noqa: ANN401

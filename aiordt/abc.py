@@ -31,7 +31,7 @@ from aiordt._wire import TransportMessage, pack_items, unpack_items
 if TYPE_CHECKING:
     import asyncio
     import socket
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Iterable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
     from typing import Self
@@ -46,7 +46,7 @@ __all__ = [
     "Availability",
     "Context",
     "Cut",
-    "Event",
+    "DrawingLink",
     "Io",
     "Link",
     "Part",
@@ -147,18 +147,6 @@ class Part:
         return self.key, self.index, self.cut
 
 
-class Event(Protocol):
-    """Work that was queued on a device, to be waited for."""
-
-    def done(self) -> bool:
-        """Whether the work has finished. Never blocks."""
-        ...
-
-    async def wait(self) -> None:
-        """Wait for the work without blocking the loop."""
-        ...
-
-
 @dataclass(slots=True)
 class Served:
     """Exported tensors that a transport reads from, held until it is done.
@@ -166,11 +154,9 @@ class Served:
     Attributes:
         views: Their bytes in the order of a `Part`, in host memory (packed, or staged there, where
             they are not contiguous, or on a device), whole.
-        ready: Has finished when `Source.open` gives it.
     """
 
     views: list[memoryview]
-    ready: Event
 
 
 class Source(ABC):
@@ -275,8 +261,6 @@ class Link(AsyncResource):
         death_fd: A file descriptor that is readable once the other process is gone, valid for
             as long as the link exists; ``None`` if there is none.
         nowait_nbytes: Up to how many bytes `read_nowait` may succeed.
-        splits: A large batch may be read in several calls at no cost, so that preparing the next
-            tensors overlaps with reading.
         packs: Two-sided: the owner lays the bytes of a `Cut` end to end before it sends them,
             and converts them where the cut says so; what is on a device it stages in host memory.
         devices: Types of devices whose memory it reads by itself.
@@ -284,7 +268,6 @@ class Link(AsyncResource):
 
     death_fd: int | None = None
     nowait_nbytes: int = 0
-    splits: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
@@ -311,6 +294,20 @@ class Link(AsyncResource):
             TensorFreedError: A part is not exported (two-sided transports only).
             TransferError: The transfer failed.
             ClosedError: This link was closed.
+        """
+
+
+class DrawingLink(Link):
+    """A link whose threads prepare what they read: while one reads, another prepares."""
+
+    @abstractmethod
+    async def read_drawn(self, parts: Iterator[Part], segments: Iterable[int]) -> None:
+        """As `Link.read`, of parts that are prepared as they are drawn.
+
+        Args:
+            parts: More than ``nowait_nbytes`` bytes. To be drawn off the loop, by one thread at
+                a time; what it raises goes to the caller.
+            segments: Those of the owner that the parts are in.
         """
 
 

@@ -5,74 +5,108 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import ray
 
-from tests.support import Node, drained, start_flusher
+from tests import worker
+from tests.support import Node, clean
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 ROOT = Path(__file__).parent.parent
 # Read by Ray at import in every process: pickling a ref outside Ray's count is an error.
 os.environ["RAY_allow_out_of_band_object_ref_serialization"] = "0"
 
 
+def pytest_collection_finish() -> None:
+    """What is there by now is not looked through at each ``gc.collect()``: that took 0.15 s."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """A Ray cluster on this machine, with room for many small actors."""
-    ray.init(
-        num_cpus=4,  # Ray starts so many workers ahead; our actors ask for none
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        object_store_memory=512 << 20,
-        runtime_env={
-            "env_vars": {
-                "PYTHONPATH": str(ROOT),
-                "RAY_allow_out_of_band_object_ref_serialization": "0",
-            },
-            "worker_process_setup_hook": start_flusher,
-        },
-    )
+    """A Ray cluster on this machine, with room for many small actors.
+
+    Workers inherit its environment: with a runtime environment of their own they could not be
+    started ahead. To import torch takes each of them 2 s.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        for name, value in worker.environment().items():
+            patch.setenv(name, value)
+        ray.init(
+            num_cpus=4,  # our actors ask for none
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=512 << 20,
+        )
     yield
     ray.shutdown()
 
 
+def _start(cls: Any, *args: Any, **options: Any) -> Any:
+    return cls.options(num_cpus=0, **options).remote(*args)
+
+
 @pytest.fixture(scope="session")
 def _nodes(cluster: None) -> list[Any]:
-    return [Node.options(num_cpus=0).remote() for _ in range(3)]
+    return [_start(Node) for _ in range(3)]
+
+
+@pytest.fixture(scope="session")
+def _spare(cluster: None) -> list[Any]:
+    """A node that starts while tests run, for the next one that needs one of its own."""
+    return [_start(Node)]
 
 
 @pytest.fixture
 async def nodes(_nodes: list[Any]) -> AsyncIterator[list[Any]]:
     """Three long-lived actors; after the test they must export and hold nothing."""
     yield _nodes
-    gc.collect()
-    for node in _nodes:
-        await node.run.remote(forget)
-    await drained(*_nodes)
+    await clean(*_nodes)
 
 
-def forget(node: Any) -> None:
-    """What a test kept in an actor."""
-    node.kept.clear()
-    gc.collect()
+class Spawn(Protocol):
+    """See `spawn`."""
+
+    def __call__(
+        self, cls: Any = Node, *args: Any, options: dict[str, Any] | None = None
+    ) -> Any: ...
 
 
-@pytest.fixture
-def spawn(cluster: None) -> Iterator[Callable[..., Any]]:
-    """Make actors that end with the test: ``spawn()``, ``spawn(cls, ...)``, ``options=``."""
+@contextmanager
+def _spawning(spare: list[Any]) -> Iterator[Spawn]:
     made: list[Any] = []
 
     def make(cls: Any = Node, *args: Any, options: dict[str, Any] | None = None) -> Any:
-        actor = cls.options(num_cpus=0, **(options or {})).remote(*args)
+        if cls is Node and not args and not options:
+            actor, spare[0] = spare[0], _start(Node)
+        else:
+            actor = _start(cls, *args, **(options or {}))
         made.append(actor)
         return actor
 
     yield make
     for actor in made:
         ray.kill(actor)
+
+
+@pytest.fixture
+def spawn(_spare: list[Any]) -> Iterator[Spawn]:
+    """Make actors that end with the test: ``spawn()``, ``spawn(cls, ...)``, ``options=``."""
+    with _spawning(_spare) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def spawn_for_all(_spare: list[Any]) -> Iterator[Spawn]:
+    """As `spawn`, for all tests of a module."""
+    with _spawning(_spare) as make:
+        yield make

@@ -1,14 +1,13 @@
-"""What the tests of a live cluster share: one general actor, polling, a coverage flusher."""
+"""What the tests of a live cluster share: one general actor, polling."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import inspect
 import os
-import threading
-import time
 from typing import TYPE_CHECKING, Any
 
-import coverage
 import ray
 import torch
 
@@ -23,9 +22,16 @@ MIB = 1 << 20
 
 
 class NodeActor(aiordt.AsyncActor):
-    """An async actor that does what a test tells it to."""
+    """An async actor that does what a test tells it to.
 
-    def __init__(self) -> None:
+    Args:
+        settings: As of `aiordt.configure`.
+    """
+
+    def __init__(self, settings: dict[str, Any] | None = None) -> None:
+        if settings:
+            aiordt.configure(**settings)
+        gc.freeze()  # see tests/conftest.py
         self.kept: dict[str, Any] = {}
 
     @aiordt.method
@@ -73,6 +79,12 @@ async def _called(function: Callable[..., Any], *args: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
+def forget(node: Any) -> None:
+    """What a test kept in an actor."""
+    node.kept.clear()
+    gc.collect()
+
+
 def on_phase(action: Callable[[str], None] | None) -> None:
     """Call ``action`` at each phase of a transfer in this process."""
     phase.hook = action
@@ -96,24 +108,17 @@ async def drained(*nodes: Any) -> None:
         await eventually(empty, what="registry empty")
 
 
+async def clean(*nodes: Any) -> None:
+    """Let these actors forget what a test kept in them; see that nothing else is left."""
+    gc.collect()
+    await asyncio.gather(*(node.run.remote(forget) for node in nodes))
+    await drained(*nodes)
+
+
 def arange(nbytes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor whose content shows where it came from."""
     numel = nbytes // dtype.itemsize
     return torch.arange(numel, dtype=torch.float64).remainder(251).to(dtype)
-
-
-def start_flusher() -> None:
-    """In a Ray worker under coverage: save often, since workers end without saying goodbye."""
-    current = coverage.Coverage.current()
-    if current is None:
-        return
-
-    def flush() -> None:
-        while True:
-            time.sleep(0.3)
-            current.save()
-
-    threading.Thread(target=flush, daemon=True, name="coverage-flusher").start()
 
 
 class Wrapped:

@@ -8,14 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import ray
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*args: str, cwd: Path) -> str:
-    """Run an example to its end and return what it printed."""
+def run(*args: str, cwd: Path, address: str = "") -> str:
+    """Run an example to its end and return what it printed.
+
+    Args:
+        *args: Its name and options.
+        cwd: Where.
+        address: Of the cluster to use; without it, it makes one of its own.
+    """
     name, *options = args
-    # A cluster of its own, with refs that escape Ray's count forbidden.
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    kept_out = ("RAY_ADDRESS", "COVERAGE_")
+    environment = {k: value for k, value in os.environ.items() if not k.startswith(kept_out)}
+    if address:
+        environment["RAY_ADDRESS"] = address
+    # Refs that escape Ray's count are forbidden.
     environment["RAY_allow_out_of_band_object_ref_serialization"] = "0"
     finished = subprocess.run(  # noqa: S603
         [sys.executable, str(EXAMPLES / name), *options],
@@ -31,21 +43,37 @@ def run(*args: str, cwd: Path) -> str:
     return finished.stdout
 
 
-def test_quickstart(tmp_path: Path) -> None:
+def test_quickstart(cluster: None, tmp_path: Path) -> None:
     """Each step's weights arrive whole, and the next step is not seen too early."""
-    output = run("quickstart.py", cwd=tmp_path)
+    address = ray.get_runtime_context().gcs_address
+    output = run("quickstart.py", cwd=tmp_path, address=address)
     assert [line for line in output.splitlines() if line.startswith("step")] == [
         f"step {step}: got 16 MiB of {step}s from Trainer" for step in range(3)
     ]
 
 
-def test_program_of_the_how_to_on_groups(tmp_path: Path) -> None:
-    page = (EXAMPLES.parent / "docs" / "how-to" / "groups.md").read_text(encoding="utf-8")
-    program = re.search(r"<!-- program -->\n```python\n(.*?)```", page, re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [("groups", "[1.0, 1.0, 1.0]"), ("collectives_on_refs", "[-1.0, -1.0, -1.0]")],
+)
+def test_program_of_a_how_to(tmp_path: Path, page: str, printed: str) -> None:
+    text = (EXAMPLES.parent / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    program = re.search(r"<!-- program -->\n```python\n(.*?)```", text, re.DOTALL)
     assert program is not None
     path = tmp_path / "program.py"
     path.write_text(program[1], encoding="utf-8")
-    assert "[1.0, 1.0, 1.0]" in run(str(path), cwd=tmp_path)
+    assert printed in run(str(path), cwd=tmp_path)
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    """The loss curve is that of a single process, to rounding, and the digits are learnt."""
+    output = run("data_parallel.py", "--workers", "2", "--steps", "60", cwd=tmp_path)
+    difference = re.search(r"largest difference of the losses: (\S+)", output)
+    assert difference is not None
+    assert float(difference[1]) < 1e-5, output
+    accuracy = re.search(r"accuracy (\S+), alone (\S+)", output)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.9, output
 
 
 def test_async_rl_quick(tmp_path: Path) -> None:

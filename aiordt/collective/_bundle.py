@@ -106,7 +106,8 @@ def packed(unit: Unit, tensors: Sequence[torch.Tensor], *, cutting: bool) -> tor
     chosen = [tensors[place] for place in unit.places]
     if len(chosen) == 1:  # pieces along dimension 0 lie in order
         flat = flat_view(chosen[0])
-        return chosen[0].reshape(-1) if flat is None else flat
+        # Of one dimension, it would be a view, with gaps.
+        return chosen[0].reshape(-1).contiguous() if flat is None else flat
     if not cutting:
         return torch.cat([tensor.reshape(-1) for tensor in chosen])
     size = len(unit.bounds) - 1

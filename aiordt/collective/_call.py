@@ -23,7 +23,7 @@ from aiordt._memory import from_raw_bytes, view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
 from aiordt.collective._engine import UNTAGGED
-from aiordt.collective._kernels import reduce_arrays, reduce_pieces
+from aiordt.collective._kernels import array_of, reduce_arrays, reduce_pieces
 from aiordt.collective._rules import (
     CUTTING,
     FROM_ROOT,
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
+    from aiordt._device import Event
     from aiordt._memory import Pool
-    from aiordt.abc import Event
     from aiordt.collective._bundle import Unit
     from aiordt.collective._steps import Steps
 
@@ -320,7 +320,7 @@ def _give(call: Call, each: Buffers, tails: Sequence[bytes], offset: int) -> Non
         target = view_memory(out.data_ptr(), out.nbytes, writable=True)
         target[:] = b"".join([tail[low:high] for tail in chosen])
     elif working_dtype(unit.dtype) is unit.dtype:
-        array = out.numpy()
+        array = array_of(out)
         sources = [np.frombuffer(tail, array.dtype, last - first, low) for tail in tails]
         reduce_arrays(call.op, sources, array, None)
     else:

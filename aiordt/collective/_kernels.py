@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from aiordt._memory import view_memory
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -49,12 +51,18 @@ def reduce_pieces(
         scratch: As many elements of `working_dtype`, which are overwritten.
     """
     if scratch.dtype is out.dtype:
-        reduce_arrays(op, [source.numpy() for source in sources], out.numpy(), scratch.numpy())
+        reduce_arrays(op, [*map(array_of, sources)], array_of(out), array_of(scratch))
         return
     for start in range(0, out.numel(), _GRAIN):
         stop = start + _GRAIN
         pieces = [source[start:stop] for source in sources]
         _reduce_wide(op, pieces, out[start:stop], scratch[start:stop])
+
+
+def array_of(flat: torch.Tensor) -> Array:
+    """Its memory as an array. Not ``flat.numpy()``, after which it could never be resized."""
+    dtype = torch.empty(0, dtype=flat.dtype).numpy().dtype
+    return np.frombuffer(view_memory(flat.data_ptr(), flat.nbytes, writable=True), dtype=dtype)
 
 
 def reduce_arrays(op: str, sources: Sequence[Array], out: Array, scratch: Array | None) -> None:

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import override
 
-from aiordt import _runtime
 from aiordt._device import layer
 from aiordt._errors import AiordtError, InvalidTypeError, InvalidValueError, UsageError
 from aiordt._leaves import as_array, as_tensor, is_target
 from aiordt._tree import Flat
 from aiordt.collective import _call, _message, _rules
 from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, UNTAGGED
-from aiordt.collective._service import groups_of
 from aiordt.collective._steps import Ended
 
 if TYPE_CHECKING:
@@ -25,15 +23,6 @@ if TYPE_CHECKING:
 
     from aiordt.collective._call import Call
     from aiordt.collective._service import Membership
-
-
-def group_here(name: str) -> MemberGroup:
-    """The group of that name that this process is a member of; never waits.
-
-    Raises:
-        UsageError: There is none.
-    """
-    return MemberGroup(groups_of(_runtime.current()).find(name))
 
 
 class MemberGroup:
@@ -336,9 +325,11 @@ class MemberGroup:
         inplace: bool = False,
         tag: int | None = None,
         timeout: float | None = None,  # noqa: ASYNC109
+        lane: int = UNTAGGED,
     ) -> Any:  # noqa: ANN401
         engine = self._engine
-        lane = UNTAGGED if tag is None else _check_tag(tag)
+        if tag is not None:
+            lane = _check_tag(tag)
         flat: Flat | None = None
         try:
             if root != -1 and not 0 <= root < self.size:
@@ -355,9 +346,7 @@ class MemberGroup:
                 call.ready = layer(call.device).record(call.device)
             steps = _call.collective(call, mover)
         except UsageError as exc:
-            # The others wait for this call: they are told, and this member stays in step.
-            steps = _call.refusal(_call.Call(kind, self.rank, self.size), str(exc))
-            await engine.call(kind, steps, lane=lane, timeout=timeout, light=True)
+            await self.refuse(kind, str(exc), lane, timeout)
             raise
         call.lane = lane
         outcome = await engine.call(
@@ -373,6 +362,17 @@ class MemberGroup:
         if outcome is None:
             return None
         return _result(call, flat, t, *outcome)
+
+    async def refuse(
+        self,
+        kind: str,
+        why: str,
+        lane: int,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> None:
+        """Tell the others, who wait for this call, that it fails; and stay in step (internal)."""
+        steps = _call.refusal(_call.Call(kind, self.rank, self.size), why)
+        await self._engine.call(kind, steps, lane=lane, timeout=timeout, light=True)
 
 
 def _check_writable(kind: str, flat: Flat) -> None:

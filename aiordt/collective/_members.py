@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgpack
 
 from aiordt import _ray, _runtime
-from aiordt._errors import AiordtError, OwnerDiedError, PeerLostError
+from aiordt._errors import AiordtError, OwnerDiedError, PeerLostError, UsageError
 from aiordt._types import Owner
 from aiordt.abc import PeerAddress, TransportMessage
 
@@ -132,6 +132,26 @@ async def find(runtime: Runtime, handle: Any) -> Member:  # noqa: ANN401
     finally:
         if asking is not None:
             asking.cancel()
+
+
+async def find_owner(runtime: Runtime, address: PeerAddress, owner: Owner) -> Member:
+    """The actor that owns a tensor.
+
+    Raises:
+        UsageError: It has not published a handle of itself.
+        OwnerDiedError: It has been restarted since.
+    """
+    actor_id = owner.actor_id or ""
+    record = await runtime.workers.run(lambda: _ray.find_actor(runtime.session, actor_id))
+    if record is None:
+        raise UsageError(
+            f"{owner} is no aiordt.AsyncActor, so nobody finds it: make a group by create_group, "
+            "and pass it as group="
+        )
+    member = Member.unpack(msgpack.unpackb(record))
+    if member.address.runtime_id != address.runtime_id:
+        raise OwnerDiedError(f"{owner} died, and its tensors with it", owner=str(owner))
+    return member
 
 
 async def _published(runtime: Runtime, actor_id: str) -> Member | None:

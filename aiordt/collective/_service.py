@@ -35,8 +35,10 @@ from aiordt._runtime import Runtime, Service
 from aiordt._wire import TransportMessage
 from aiordt.collective._direct import DirectMover
 from aiordt.collective._engine import Engine
+from aiordt.collective._member import MemberGroup
 from aiordt.collective._members import NAME, Member
 from aiordt.collective._mesh import Mesh
+from aiordt.collective._requests import GONE, Requests
 from aiordt.collective._steps import Ended
 from aiordt.transports.cma import CmaLink
 
@@ -67,6 +69,7 @@ class Membership:
         links: To the memory of the others, where it can be read.
         movers: By type of device.
         pool: Where memory for results comes from.
+        bound_to: The process with which it ends; empty: none.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Membership:
         self.started = False
         self.socks: dict[int, asyncio.Future[socket.socket]] = {}
         self.expiry: asyncio.TimerHandle | None = None
+        self.bound_to = b""
 
     @property
     def labels(self) -> list[str]:
@@ -115,6 +119,7 @@ class Groups(Service):
         self._by_id: dict[bytes, Membership] = {}
         self._by_name: dict[str, Membership] = {}
         self._streams: dict[bytes, tuple[Membership, int]] = {}
+        self.requests = Requests(runtime)
         self._over: dict[str, Ended] = {}  # the last ones
 
     def find(self, name: str) -> Membership:
@@ -143,20 +148,28 @@ class Groups(Service):
             group, verb, body = msgpack.unpackb(request.body, strict_map_key=False)
         except (ValueError, TypeError) as exc:
             raise ProtocolViolationError("not a request about a group") from exc
-        return TransportMessage(NAME, msgpack.packb(await self.handle(group, verb, body)))
+        reply = await self.handle(group, verb, body, peer_id)
+        return TransportMessage(NAME, msgpack.packb(reply))
 
-    async def handle(self, group: bytes, verb: str, body: Any) -> object:  # noqa: ANN401
+    async def handle(self, group: bytes, verb: str, body: Any, peer_id: bytes) -> object:  # noqa: ANN401
         """Do what the creator of a group, or its user, asks for."""
         if verb == "hello":
             return None
         if verb == "enter":
             await self._free(body[0])
-            self._enter(group, body)
+            self._enter(group, body, peer_id)
             return None
         if verb == "end":
             self._leave(group, Ended(bool(body[0]), str(body[1])))
             return None
+        if verb == "drop":
+            self.requests.drop(body)
+            return None
         membership = self._by_id.get(group)
+        if verb == "collect":
+            if membership is None or not membership.started:
+                return [GONE]
+            return await self.requests.serve(membership, body, peer_id)
         if membership is None:
             raise GroupError("the group has ended here")
         if verb == "meet":
@@ -175,14 +188,15 @@ class Groups(Service):
         if membership.engine.over is not None:
             self._forget(membership.group)
 
-    def _enter(self, group: bytes, body: Any) -> None:  # noqa: ANN401
-        name, rank, packed, timeout = body
+    def _enter(self, group: bytes, body: Any, peer_id: bytes) -> None:  # noqa: ANN401
+        name, rank, packed, timeout, bound = body
         if name in self._by_name:
             raise UsageError(f"it is in a group {name!r} already: close that, or choose a name")
         members = [Member.unpack(each) for each in packed]
         if members[rank].address.runtime_id != self._runtime.address.runtime_id:
             raise GroupError("it was restarted meanwhile")
         membership = Membership(group, name, rank, members, self._runtime.pool)
+        membership.bound_to = peer_id if bound else b""
         loop = asyncio.get_running_loop()
         for other in range(len(members)):
             if other != rank:
@@ -313,6 +327,14 @@ class Groups(Service):
             future.cancel()
 
     @override
+    def lost(self, peer_id: bytes) -> None:
+        self.requests.forget(peer_id)
+        for group, membership in list(self._by_id.items()):
+            if membership.bound_to == peer_id:
+                why = f"group {membership.name!r}: the process that made it is gone"
+                self._leave(group, Ended(False, why))  # noqa: FBT003
+
+    @override
     async def aclose(self) -> None:
         for group in list(self._by_id):
             name = self._by_id[group].name
@@ -323,6 +345,15 @@ class Groups(Service):
 def groups_of(runtime: Runtime) -> Groups:
     """The groups of a runtime."""
     return next(each for each in runtime.services if isinstance(each, Groups))
+
+
+def group_here(name: str) -> MemberGroup:
+    """The group of that name that this process is a member of; never waits.
+
+    Raises:
+        UsageError: There is none.
+    """
+    return MemberGroup(groups_of(_runtime.current()).find(name))
 
 
 _runtime.add_service(Groups)

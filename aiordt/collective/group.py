@@ -98,23 +98,24 @@ async def form(
     backend: str,
     name: str,
     timeout: float,  # noqa: ASYNC109
+    *,
+    bound: bool = False,
 ) -> Group:
-    """Make a group of actors whose addresses are known; as `create_group`."""
+    """Make a group of actors whose addresses are known; as `create_group`.
+
+    With ``bound``, it ends with this process.
+    """
     runtime = _runtime.current()
     group = os.urandom(16)
-    made = Group(group, name, backend, tuple(members), tuple(handles))
+    made = Group(group, name, backend, tuple(members), () if bound else tuple(handles))
     formed = False
     try:
         async with asyncio.timeout(timeout):
             packed = [member.pack() for member in members]
-            await made._ask_all(  # noqa: SLF001
-                runtime, "enter", lambda rank: [name, rank, packed, timeout]
-            )
-            met = await made._ask_all(runtime, "meet", lambda _: None)  # noqa: SLF001
+            await made.ask_all(runtime, "enter", lambda rank: [name, rank, packed, timeout, bound])
+            met = await made.ask_all(runtime, "meet", lambda _: None)
             made.backend, cuda = _chosen(backend, met)
-            await made._ask_all(  # noqa: SLF001
-                runtime, "start", lambda _: [made.backend, cuda, timeout]
-            )
+            await made.ask_all(runtime, "start", lambda _: [made.backend, cuda, timeout])
         formed = True
     except TimeoutError:
         raise GroupError(f"group {name!r}: it did not form within {timeout} s") from None
@@ -122,7 +123,7 @@ async def form(
         if not formed:
             runtime.io.loop.call_soon_threadsafe(
                 runtime.io.spawn,
-                made._end(runtime, f"group {name!r}: it did not form", closed=False),  # noqa: SLF001
+                made.end(runtime, f"group {name!r}: it did not form", closed=False),
             )
     return made
 
@@ -164,7 +165,7 @@ class Group:
         name: str,
         backend: str,
         members: tuple[Member, ...],
-        handles: tuple[Any, ...],
+        handles: tuple[Any, ...] = (),
     ) -> None:
         self.name = name
         self.backend = backend
@@ -175,7 +176,7 @@ class Group:
     @property
     def members(self) -> tuple[Any, ...]:
         """The actors, in rank order."""
-        return self._handles
+        return self._handles or tuple(_ray.weak_handle(member.state) for member in self._members)
 
     @property
     def size(self) -> int:
@@ -212,7 +213,7 @@ class Group:
     async def aclose(self) -> None:
         """End the group on all members; pending calls raise `ClosedError`. Idempotent."""
         runtime = _runtime.current()
-        await runtime.io.run(self._end(runtime, f"group {self.name!r} was closed", closed=True))
+        await runtime.io.run(self.end(runtime, f"group {self.name!r} was closed", closed=True))
 
     async def reform(self, actors: Sequence[Any], timeout: float = 30) -> Group:  # noqa: ASYNC109
         """End this group, and make one of the same name and backend.
@@ -228,21 +229,30 @@ class Group:
         await self.aclose()
         return await create_group(actors, self.backend, self.name, timeout)
 
-    async def _end(self, runtime: Runtime, why: str, *, closed: bool) -> None:
+    # --- internal ----------------------------------------------------------------------------
+
+    @property
+    def bound(self) -> bool:
+        """Whether it was made for a call on refs, and keeps no actor alive."""
+        return not self._handles
+
+    def member(self, rank: int) -> Member:
+        """Where a member is."""
+        return self._members[rank]
+
+    async def end(self, runtime: Runtime, why: str, *, closed: bool) -> None:
         """Tell all members that are there. On the io loop."""
-        asks = [
-            self._ask(runtime, rank, "end", [closed, why]) for rank in range(len(self._members))
-        ]
+        asks = [self.ask(runtime, rank, "end", [closed, why]) for rank in range(len(self._members))]
         await asyncio.gather(*asks, return_exceptions=True)
 
-    async def _ask_all(
+    async def ask_all(
         self, runtime: Runtime, verb: str, body: Callable[[int], object]
     ) -> list[Any]:
         """Ask every member; the first failure is raised, and names its member."""
 
         async def ask(rank: int) -> Any:  # noqa: ANN401
             try:
-                return await self._ask(runtime, rank, verb, body(rank))
+                return await self.ask(runtime, rank, verb, body(rank))
             except UnavailableError:
                 raise
             except AiordtError as exc:
@@ -252,10 +262,13 @@ class Group:
 
         return await runtime.io.run(_all([ask(rank) for rank in range(len(self._members))]))
 
-    async def _ask(self, runtime: Runtime, rank: int, verb: str, body: object) -> Any:  # noqa: ANN401
+    async def ask(self, runtime: Runtime, rank: int, verb: str, body: object) -> Any:  # noqa: ANN401
+        """Ask one member. On the io loop."""
         address = self._members[rank].address
         if address.runtime_id == runtime.address.runtime_id:
-            return await groups_of(runtime).handle(self._group, verb, body)
+            return await groups_of(runtime).handle(
+                self._group, verb, body, runtime.address.runtime_id
+            )
         request = TransportMessage(NAME, msgpack.packb((self._group, verb, body)))
         reply = await runtime.routes.peer(address).call(request)
         if not isinstance(reply, TransportMessage):

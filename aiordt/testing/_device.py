@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from aiordt._device import Event
     from aiordt._progress import Workers
-    from aiordt.abc import Event
 
 
 class FakeDevice:

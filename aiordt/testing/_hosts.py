@@ -100,7 +100,7 @@ class Program:
         self._process = subprocess.Popen(  # noqa: S603
             command,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -125,6 +125,22 @@ class Program:
         """What it has written so far."""
         return "".join(self._seen)
 
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input.
+
+        Raises:
+            OSError: It has ended.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+    def end_input(self) -> None:
+        """Let it read the end of its standard input. Idempotent."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+
     def expect(self, prefix: str, *, seconds: float) -> str:
         """Wait for its next line that begins with ``prefix``.
 
@@ -147,11 +163,12 @@ class Program:
                 return line.removeprefix(prefix).strip()
 
     def wait(self, *, seconds: float) -> Completed:
-        """Wait for its end.
+        """Wait for its end; it can read no more.
 
         Raises:
             TimeoutError: It did not end within ``seconds``; it has been killed.
         """
+        self.end_input()
         try:
             exit_code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -166,6 +183,7 @@ class Program:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        self.end_input()
         self._reader.join(1.0)
 
     def __enter__(self) -> Self:

@@ -58,6 +58,7 @@ class Remote:
         self.name = ""
         self.links = 0
         self.broken = True  # it is to be wired up (again) before the next read
+        self.closed = False  # it is not to be wired up any more
         self._engine = engine
         self._io = io
         self._turn = asyncio.Lock()
@@ -88,15 +89,15 @@ class Remote:
         post(self._io.loop, function)
 
     def leave(self) -> None:
-        """The read has ended."""
+        """The read has ended. Any thread."""
         with self._mutex:
             self._users -= 1
             idle = self._draining and not self._users
         if idle:
             post(self._io.loop, self._idle.set)
 
-    async def enter(self, parts: Sequence[Part], entered: list[list[Range]]) -> None:
-        """As `try_enter`, after asking the owner; appends to ``entered``. On the io loop."""
+    async def enter(self, parts: Sequence[Part]) -> list[Range]:
+        """As `try_enter`, after asking the owner. On the io loop."""
         async with self._turn:
             while (found := self.try_enter(parts)) is None:
                 if self.broken:
@@ -107,7 +108,7 @@ class Remote:
                 missing = {name: item for name, item in missing.items() if name not in self._known}
                 if missing:
                     await self._ask_for(missing)
-            entered.append(found)
+            return found
 
     async def wire(self) -> None:
         """Make sure that the owner's agent can be read from. On the io loop."""
@@ -160,6 +161,7 @@ class Remote:
         self.broken = False
 
     async def _load(self, blobs: Sequence[bytes]) -> None:
+        phase("nixl.loading")
         await self._engine.run(lambda: self._engine.agent.load(blobs, self.name))
 
     async def _prove(self, where: Range, token: bytes, seconds: float) -> None:
@@ -178,7 +180,10 @@ class Remote:
         pause = 0.0002
         try:
             done = await engine.run(begin)
+            phase("nixl.proving")
             while not done and loop.time() < deadline:
+                if self.closed:
+                    raise ClosedError("NIXL's transport was closed")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 0.005)
                 done = await engine.run(lambda: engine.agent.poll(chunk))
@@ -262,7 +267,10 @@ class Remote:
 
 
 class Read:
-    """One read, done by the agent's thread chunk by chunk, in turns with other reads."""
+    """One read, done by the agent's thread chunk by chunk, in turns with other reads.
+
+    Once started, it leaves the remote when it has ended.
+    """
 
     def __init__(
         self, engine: Engine, remote: Remote, parts: Sequence[Part], ranges: Sequence[Range]
@@ -318,6 +326,7 @@ class Read:
             self._stopped = True  # the thread ends after this: see it through
         if self._stalled:
             self._remote.post(self._remote.unstalled)
+        self._remote.leave()
         post(self._loop, settle, self._future, None, self._error)
 
     def _step(self) -> bool:

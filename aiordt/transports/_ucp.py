@@ -10,10 +10,16 @@ context has no such cache; and without it UCX before 1.22 crashes when an endpoi
 or fails while a message waits to be fetched (openucx/ucx #11485). So there always is a cache,
 and where the hooks do not work it is told of a message's memory when the message is done.
 
+A TCP connection that is closed while the kernel has no room for all that was sent goes on with
+half of it, and when the other end has closed it, too, UCX (up to 1.22, at least) uses memory
+that it has freed (`uct_tcp_iface_handle_events`). So what was sent is flushed first.
+
 Invariants:
     UCX-3  The process's environment and signal handlers are what they were before ucxx came.
     UCX-6  UCX has a cache of registrations; if it did not see memory unmapped when it was
            started, none outlives its message.
+    UCX-7  An endpoint that has sent over TCP is closed when nothing of that waits to be taken
+           by the kernel, or when it has failed.
 """
 
 from __future__ import annotations
@@ -22,13 +28,12 @@ import ctypes
 import os
 import struct
 import threading
-from array import array
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_int8, c_size_t, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator
 
 
 @contextmanager
@@ -63,6 +68,8 @@ for _name, _result, _arguments in (
     ("ucp_request_check_status", c_int8, (c_void_p,)),
     ("ucp_request_cancel", None, (c_void_p, c_void_p)),
     ("ucp_request_free", None, (c_void_p,)),
+    ("ucp_ep_flush_nbx", c_void_p, (c_void_p, c_void_p)),
+    ("ucp_ep_query", c_int8, (c_void_p, c_void_p)),
     ("ucs_status_string", c_char_p, (c_int8,)),
     ("ucm_set_external_event", None, (c_int,)),
     ("ucm_unset_external_event", None, (c_int,)),
@@ -71,11 +78,8 @@ for _name, _result, _arguments in (
 ):
     _function = getattr(_ucp, _name)
     _function.restype, _function.argtypes = _result, _arguments
-#: A ucp_request_param_t (more than large enough) of which no field is set ...
+#: A ucp_request_param_t (more than large enough) of which no field is set.
 _NO_PARAM: Final = ctypes.create_string_buffer(256)
-#: ... and one whose field ``datatype`` says that there are several buffers (ucp_dt_iov_t).
-_IOV_PARAM: Final = ctypes.create_string_buffer(256)
-struct.pack_into("=I20xQ", _IOV_PARAM, 0, 1 << 3, 2)
 _ALL_BITS: Final = (1 << 64) - 1
 # ucs_status_t, a packed enum: one byte
 _OK: Final = 0
@@ -85,6 +89,12 @@ _LAST_ERROR: Final = -100
 _VM_UNMAPPED: Final = 1 << 17  # ucm_event_type_t
 #: Held while UCX believes that somebody else tells it what is unmapped, in the whole process.
 _external: Final = threading.Lock()
+
+#: ucp_ep_attr_t: mask of the fields asked for, what is not asked for, the lanes' array, how many
+#: there are, bytes of one (ucp_transport_entry_t: the names of transport and device).
+_ATTRIBUTES: Final = struct.Struct("=Q288xQI4xQ8x")
+_LANES_FIELD: Final = 1 << 3
+_MAX_LANES: Final = 64
 
 
 class UcxError(Exception):
@@ -128,14 +138,10 @@ class _Worker(Protocol):
     ) -> _Endpoint: ...
 
 
-def _buffers(pieces: Sequence[memoryview]) -> tuple[int, int, object, object]:
-    """Memory as UCX is told of it: address, count, parameter; and what else is to be kept."""
-    if len(pieces) == 1:
-        return Array(pieces[0]).ptr, len(pieces[0]), _NO_PARAM, None
-    entries = array("Q")
-    for piece in pieces:
-        entries.extend((Array(piece).ptr, len(piece)))
-    return entries.buffer_info()[0], len(pieces), _IOV_PARAM, entries
+def address_of(memory: memoryview) -> int:
+    """Where ``memory`` begins."""
+    address: int = Array(memory).ptr
+    return address
 
 
 class Request:
@@ -143,16 +149,12 @@ class Request:
 
     Args:
         pointer: What UCX returned.
-        pieces: The memory.
-        kept: What describes it to UCX.
+        memory: The memory.
         forget: Whether UCX would not see the memory unmapped (UCX-6).
     """
 
-    def __init__(
-        self, pointer: int | None, pieces: Sequence[memoryview], kept: object, *, forget: bool
-    ) -> None:
-        self._pieces = pieces
-        self._kept = kept
+    def __init__(self, pointer: int | None, memory: memoryview, *, forget: bool) -> None:
+        self._memory = memory
         self._forget = forget
         self._pointer = pointer or 0
         self._status = _IN_PROGRESS if self._pointer else _OK
@@ -167,8 +169,7 @@ class Request:
             if self._status != _IN_PROGRESS:
                 _ucp.ucp_request_free(self._pointer)
                 if self._forget:
-                    for piece in self._pieces:
-                        _ucp.ucm_vm_munmap(Array(piece).ptr, len(piece))
+                    _ucp.ucm_vm_munmap(address_of(self._memory), len(self._memory))
         return self._status != _IN_PROGRESS
 
     @property
@@ -191,35 +192,72 @@ class Endpoint:
         self._endpoint: _Endpoint | None = endpoint
         self._forget = forget
         self._handle = endpoint.handle
+        self._sent = False
+        self._closing = False
+        self._flush: Request | None = None
         self._failures: list[bool] = []
         endpoint.set_close_callback(self._failures.append, (True,))
 
     @property
     def alive(self) -> bool:
-        """Whether it was not closed, and has not failed."""
-        return self._endpoint is not None and not self._failures
+        """Whether it is not to be closed, and has not failed."""
+        return not self._closing and not self._failures
 
     def check(self) -> None:
         """Raise `UcxError` unless it is alive."""
         if not self.alive:
             raise UcxError("the endpoint was closed")
 
-    def send(self, pieces: Sequence[memoryview], tag: int) -> Request:
-        """Post a message: pieces of memory, laid end to end.
+    def send(self, memory: memoryview, tag: int) -> Request:
+        """Post a message.
 
         Raises:
             UcxError: The endpoint was closed.
         """
         self.check()
-        address, count, param, kept = _buffers(pieces)
-        pointer = _ucp.ucp_tag_send_nbx(self._handle, address, count, tag, param)
-        return Request(pointer, pieces, kept, forget=self._forget)
+        self._sent = True
+        pointer = _ucp.ucp_tag_send_nbx(
+            self._handle, address_of(memory), len(memory), tag, _NO_PARAM
+        )
+        return Request(pointer, memory, forget=self._forget)
 
-    def close(self) -> None:
-        """Close it at once; what was sent ends with the next progress. Idempotent."""
-        endpoint, self._endpoint = self._endpoint, None
-        if endpoint is not None:
+    def close(self, *, force: bool = False) -> bool:
+        """Close it, now or, if something waits for TCP, later (UCX-7).
+
+        Nothing more can be sent. What was sent ends with the next progress after it is closed.
+
+        Args:
+            force: Close it now in any case: this process will not use UCX any more.
+
+        Returns:
+            Whether it is closed; else to be called again after the next progress.
+        """
+        self._closing = True
+        if self._endpoint is not None and (force or self._failures or self._idle()):
+            endpoint, self._endpoint = self._endpoint, None
             endpoint.close_blocking()  # which does not block, because it handles errors
+        return self._endpoint is None and (self._flush is None or self._flush.done)
+
+    def _idle(self) -> bool:
+        """Whether nothing that was sent waits for TCP; if something does, it is flushed."""
+        if not self._sent or b"tcp" not in self._transports():
+            return True
+        if self._flush is None or self._flush.done:
+            # Done at once only if nothing was sent since the last one.
+            pointer = _ucp.ucp_ep_flush_nbx(self._handle, _NO_PARAM)
+            self._flush = Request(pointer, memoryview(b""), forget=False)
+        return self._flush.done
+
+    def _transports(self) -> set[bytes | None]:
+        lanes = (c_char_p * (2 * _MAX_LANES))()
+        asked = ctypes.create_string_buffer(
+            _ATTRIBUTES.pack(
+                _LANES_FIELD, ctypes.addressof(lanes), _MAX_LANES, 2 * ctypes.sizeof(c_char_p)
+            )
+        )
+        _ucp.ucp_ep_query(self._handle, asked)
+        _, _, count, _ = _ATTRIBUTES.unpack_from(asked)
+        return set(lanes[: 2 * count : 2])
 
 
 def _start(settings: dict[str, str]) -> tuple[object, bool]:
@@ -283,11 +321,12 @@ class Ucp:
         except libucxx.UCXError as exc:
             raise UcxError(str(exc)) from exc
 
-    def receive(self, pieces: Sequence[memoryview], tag: int) -> Request:
-        """Post a receive into pieces of memory, of a message from anywhere."""
-        address, count, param, kept = _buffers(pieces)
-        pointer = _ucp.ucp_tag_recv_nbx(self._handle, address, count, tag, _ALL_BITS, param)
-        return Request(pointer, pieces, kept, forget=self._forget)
+    def receive(self, memory: memoryview, tag: int) -> Request:
+        """Post a receive into ``memory``, of a message from anywhere."""
+        pointer = _ucp.ucp_tag_recv_nbx(
+            self._handle, address_of(memory), len(memory), tag, _ALL_BITS, _NO_PARAM
+        )
+        return Request(pointer, memory, forget=self._forget)
 
     def cancel(self, request: Request) -> None:
         """Take a receive back, if no message has met it; of what was sent, nothing."""

@@ -12,13 +12,13 @@ from typing_extensions import override
 from aiordt._errors import AiordtError, ClosedError, ProtocolViolationError
 from aiordt._memory import view_memory
 from aiordt._metrics import phase
-from aiordt._progress import post
+from aiordt._progress import finish, post, run_all
 from aiordt._types import KIB
 from aiordt._wire import pack_items
 from aiordt.abc import Link, TransportMessage
 from aiordt.transports._ucp import UcxError
 from aiordt.transports._ucx_devices import local_host
-from aiordt.transports._ucx_worker import Incoming, UcxWorker, Unwanted, messages
+from aiordt.transports._ucx_worker import Incoming, UcxWorker, Unwanted, memory_to_receive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Up to here the payload is in the reply: one round trip.
 REPLY_NBYTES: Final = 64 * KIB
+#: A larger read is asked for in several requests, so that the first bytes come soon.
+_REQUEST_COUNT: Final = 256
 #: The first message on a new endpoint, to prove that messages come through ...
 GREETING: Final = b"aiordt"
 #: ... within this time; over TCP it is some milliseconds.
@@ -103,16 +105,18 @@ class UcxLink(Link):
         self._check_open()
         nbytes = sum(part.nbytes for part in parts)
         on_host = all(
-            part.device == "cpu" and (part.tensor is None or part.tensor.device.type == "cpu")
-            for part in parts
+            part.device == "cpu" and (part.tensor is None or part.tensor.is_cpu) for part in parts
         )
-        views = [view_memory(part.target, part.nbytes, writable=True) for part in parts]
-        items = pack_items([part.item for part in parts])
         try:
             if on_host and nbytes <= REPLY_NBYTES:
-                await self._read_reply(items, nbytes, views)
+                await self._read_reply(parts, nbytes)
             else:
-                await self._read_messages(items, nbytes, views, shared=on_host)
+                session = await self.opened()
+                starts = range(0, len(parts), _REQUEST_COUNT)
+                requests = (parts[start : start + _REQUEST_COUNT] for start in starts)
+                await run_all(
+                    [self._read_messages(some, session, shared=on_host) for some in requests]
+                )
         except (UcxError, ProtocolViolationError) as exc:
             self._check_open()
             raise await self._peer.verdict(exc, transport="ucx", nbytes=nbytes) from exc
@@ -127,32 +131,39 @@ class UcxLink(Link):
             raise ProtocolViolationError("not a reply of ucx")
         return reply.body
 
-    async def _read_reply(self, items: bytes, nbytes: int, views: list[memoryview]) -> None:
-        payload = await self._ask(REPLY, items, nbytes)
+    async def _read_reply(self, parts: Sequence[Part], nbytes: int) -> None:
+        payload = await self._ask(REPLY, pack_items([part.item for part in parts]), nbytes)
         if len(payload) != nbytes:
             raise ProtocolViolationError("the owner sent another number of bytes than was asked")
         position = 0
-        for view in views:
+        for part in parts:
+            view = view_memory(part.target, part.nbytes, writable=True)
             view[:] = payload[position : position + len(view)]
             position += len(view)
 
     async def _read_messages(
-        self, items: bytes, nbytes: int, views: list[memoryview], *, shared: bool
+        self, parts: Sequence[Part], session: _Session, *, shared: bool
     ) -> None:
-        session = await self.opened()
-        endpoint = session.endpoint
+        endpoint, worker = session.endpoint, self._transport.worker
         assert endpoint is not None  # noqa: S101  (it is open)
         tag = self._transport.next_tag()
-        transfer = Incoming(endpoint, tag, messages(views, shared=shared))
+        items = pack_items([part.item for part in parts])
+        nbytes = sum(part.nbytes for part in parts)
+        transfer = Incoming(endpoint, tag, memory_to_receive(parts, shared=shared))
         asking = asyncio.ensure_future(self._ask(SEND, items, nbytes, session.number, tag, shared))
+        receiving = asyncio.ensure_future(self._transport.run(worker.carry_out(transfer)))
         session.busy += 1
         try:
             phase("ucx.asking")
             await asyncio.shield(asking)  # its answer says whether there is something to receive
             phase("ucx.receiving")
-            await self._transport.run(self._transport.worker.carry_out(transfer))
+            await finish(receiving, receiving.cancel)
         except BaseException:
-            self._transport.spawn(self._finish(session, asking, tag, transfer))
+            receiving.cancel()
+            try:
+                await finish(asyncio.gather(receiving, return_exceptions=True))  # OWN-1
+            finally:
+                self._transport.spawn(self._finish(session, asking, tag, transfer))
             raise
         session.busy -= 1
         await self._end(session)

@@ -29,11 +29,11 @@ from typing_extensions import override
 from aiordt._errors import ClosedError, OwnerDiedError, TransferError, UnavailableError
 from aiordt._progress import Workers, finish
 from aiordt._types import MIB
-from aiordt.abc import Availability, Link, Transport
+from aiordt.abc import Availability, DrawingLink, Transport
 from aiordt.transports._job import CHUNK_NBYTES, Job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from aiordt.abc import Context, Part, Peer
 
@@ -119,7 +119,7 @@ def _advice(code: int) -> str:
     return f"reading its memory failed: {os.strerror(code)}"
 
 
-def _chunks(parts: Sequence[Part]) -> Iterator[_Chunk]:
+def _chunks(parts: Iterable[Part]) -> Iterator[_Chunk]:
     """Cut parts into reads of about `CHUNK_NBYTES`, none with more than IOV_MAX pieces.
 
     Small contiguous parts are gathered: a call costs as much as reading 10 KiB, a piece in it
@@ -175,11 +175,10 @@ def _strided_chunks(part: Part) -> Iterator[_Chunk]:
         yield nbytes, _IOVEC.pack(part.target + first * run, nbytes), pairs.tobytes()
 
 
-class CmaLink(Link):
+class CmaLink(DrawingLink):
     """Reads one process's memory. Made by `CmaTransport.connect`."""
 
     nowait_nbytes = INLINE_NBYTES
-    splits: ClassVar[bool] = True
 
     def __init__(self, pid: int, pidfd: int, *, name: str, workers: Workers) -> None:
         self._pid = pid
@@ -201,7 +200,7 @@ class CmaLink(Link):
             self._check_open()
             nbytes = part.nbytes
             local, remote = _IOVEC.pack(part.target, nbytes), _IOVEC.pack(part.address, nbytes)
-            self._read_chunk((nbytes, local, remote), nbytes)
+            self._read_chunk((nbytes, local, remote))
             self._check_alive()
             return True
         total = sum(part.nbytes for part in parts)
@@ -209,16 +208,22 @@ class CmaLink(Link):
             return False
         self._check_open()
         for chunk in _chunks(parts):
-            self._read_chunk(chunk, total)
+            self._read_chunk(chunk)
         self._check_alive()
         return True
 
     @override
     async def read(self, parts: Sequence[Part]) -> None:
-        self._check_open()
         total = sum(part.nbytes for part in parts)
-        job = Job(_chunks(parts), lambda chunk: self._read_chunk(chunk, total), "cma.chunk")
-        readers = NUM_READERS if total > CHUNK_NBYTES else 1
+        await self._read(parts, NUM_READERS if total > CHUNK_NBYTES else 1)
+
+    @override
+    async def read_drawn(self, parts: Iterator[Part], segments: Iterable[int]) -> None:
+        await self._read(parts, NUM_READERS)
+
+    async def _read(self, parts: Iterable[Part], readers: int) -> None:
+        self._check_open()
+        job = Job(_chunks(parts), self._read_chunk, "cma.chunk")
         self._jobs.add(job)
         try:
             await finish(job.start(self._workers, readers), job.stop)
@@ -237,11 +242,12 @@ class CmaLink(Link):
             TransferError: The memory is not there.
         """
         local, remote = _IOVEC.pack(target, nbytes), _IOVEC.pack(address, nbytes)
-        self._read_chunk((nbytes, local, remote), nbytes)
+        self._read_chunk((nbytes, local, remote))
 
-    def _read_chunk(self, chunk: _Chunk, total: int) -> None:
+    def _read_chunk(self, chunk: _Chunk) -> None:
         """One system call, usually; it may stop short between two pieces."""
-        left, local, remote = chunk
+        nbytes, local, remote = chunk
+        left = nbytes
         readv = _readv
         assert readv is not None  # noqa: S101  (for the type checker: probe() said so)
         while True:
@@ -256,10 +262,10 @@ class CmaLink(Link):
                 if code == errno.ESRCH:
                     raise OwnerDiedError(f"{self._name} died", owner=self._name)
                 raise TransferError(
-                    f"reading {total} bytes from {self._name} failed: {_advice(code)}",
+                    f"reading {nbytes} bytes from {self._name} failed: {_advice(code)}",
                     transport="cma",
                     peer=self._name,
-                    nbytes=total,
+                    nbytes=nbytes,
                 )
             left -= got
             local, remote = _skip(local, got), _skip(remote, got)

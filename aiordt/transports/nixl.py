@@ -156,54 +156,69 @@ class NixlLink(Link):
         self._check_open()
         parts = [part for part in parts if part.nbytes]
         if parts:
-            entered: list[list[Range]] = []
-            found = self._remote.try_enter(parts)
-            if found is not None:
-                entered.append(found)
-            try:
-                if not entered:
-                    await self._io.run(self._enter(parts, entered))
-                await self._transfer(parts, entered[0])
-            finally:
-                if entered:
-                    self._remote.leave()
+            ranges = self._remote.try_enter(parts)
+            if ranges is None:
+                await self._io.run(self._enter(parts))
+            else:
+                await self._transfer(parts, ranges)
         self._check_alive()
         self._check_open()
 
-    async def _enter(self, parts: Sequence[Part], entered: list[list[Range]]) -> None:
+    async def _enter(self, parts: Sequence[Part]) -> None:
+        """Read what is not known yet. On the io loop to its end: see `_transfer`."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  (for the type checker)
         self._entering.add(task)
         try:
             self._check_open()
-            await self._remote.enter(parts, entered)
+            try:
+                ranges = await self._remote.enter(parts)
+            except AiordtError:
+                raise
+            except Exception as exc:
+                raise await self._verdict(exc, parts) from exc
+            await self._transfer(parts, ranges)
         finally:
             self._entering.discard(task)
 
     async def _transfer(self, parts: Sequence[Part], ranges: Sequence[Range]) -> None:
-        nbytes = sum(part.nbytes for part in parts)
-        for part, there in zip(parts, ranges, strict=True):
-            if not _inside(part, there):
-                raise TransferError(
-                    f"nixl: {part.nbytes} bytes of {self._name} are outside of what it exports",
-                    transport="nixl",
-                    peer=self._name,
-                    nbytes=nbytes,
-                )
+        """Read, and leave.
+
+        From entering to leaving nothing needs the caller's loop, which may stand still until this
+        link is closed, and that waits until all have left.
+        """
         job = Read(self._engine, self._remote, parts, ranges)
         self._jobs.add(job)
         try:
-            self._check_open()
-            await finish(job.start(), job.stop)
+            try:
+                self._check_open()
+                for part, there in zip(parts, ranges, strict=True):
+                    if not _inside(part, there):
+                        raise TransferError(
+                            f"nixl: {part.nbytes} bytes of {self._name} are outside of what it "
+                            "exports",
+                            transport="nixl",
+                            peer=self._name,
+                            nbytes=sum(part.nbytes for part in parts),
+                        )
+                reading = job.start()
+            except BaseException:
+                self._remote.leave()
+                raise
+            await finish(reading, job.stop)
         except AiordtError:
             raise
         except Exception as exc:
-            self._remote.broken = True  # UCX does not use an endpoint again that has failed
-            self._check_alive()
-            verdict = self._remote.peer.verdict(exc, transport="nixl", nbytes=nbytes)
-            raise await self._io.run(verdict) from exc
+            raise await self._verdict(exc, parts) from exc
         finally:
             self._jobs.discard(job)
+
+    async def _verdict(self, exc: Exception, parts: Sequence[Part]) -> Exception:
+        """The error to raise for one of NIXL's."""
+        self._remote.broken = True  # UCX does not use an endpoint again that has failed
+        self._check_alive()
+        nbytes = sum(part.nbytes for part in parts)
+        return await self._io.run(self._remote.peer.verdict(exc, transport="nixl", nbytes=nbytes))
 
     @property
     def _name(self) -> str:
@@ -315,8 +330,10 @@ class NixlTransport(Transport):
 
     def dropped(self, remote: Remote) -> None:
         """A link is gone. On the io loop."""
+        if self._closed:  # then all are let go
+            return
         remote.links -= 1
-        if not remote.links and not self._closed:
+        if not remote.links:
             self._begin(self._let_go(remote))
 
     async def _let_go(self, remote: Remote) -> None:
@@ -452,6 +469,7 @@ class NixlTransport(Transport):
             await link.aclose()
         for remote in self._remotes.values():
             remote.links = 0
+            remote.closed = True
             self._begin(self._let_go(remote))
         if self._tasks:
             await finish(asyncio.ensure_future(asyncio.wait(list(self._tasks))))

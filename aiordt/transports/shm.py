@@ -38,16 +38,16 @@ from aiordt._errors import (
     TransferError,
     UnavailableError,
 )
-from aiordt._memory import lent_tensor
+from aiordt._memory import ALIGNMENT, lent_tensor
 from aiordt._progress import Workers, finish, post, settle
 from aiordt._types import MIB
 from aiordt._wire import KEY_NBYTES
-from aiordt.abc import Availability, SharedLink, Transport
+from aiordt.abc import Availability, DrawingLink, SharedLink, Transport
 from aiordt.transports._job import CHUNK_NBYTES, Job, Piece, copy_piece, pieces
 from aiordt.transports.cma import host_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from aiordt.abc import Context, Io, Part, Peer
 
@@ -95,7 +95,7 @@ class _Mapping:
         """See `aiordt._memory.Home`: the tensor's end is the end of its hold on the mapping."""
 
 
-class ShmLink(SharedLink):
+class ShmLink(DrawingLink, SharedLink):
     """Reads one process's shared memory. Made by `ShmTransport.connect`."""
 
     nowait_nbytes = INLINE_NBYTES
@@ -129,34 +129,66 @@ class ShmLink(SharedLink):
 
     @override
     async def read(self, parts: Sequence[Part]) -> None:
-        self._check_alive()
         parts = [part for part in parts if part.nbytes]  # the others are in no segment
+        total = sum(part.nbytes for part in parts)
+        segments = dict.fromkeys(part.segment for part in parts)
+        await self._read(parts, segments, NUM_READERS if total > CHUNK_NBYTES else 1)
+
+    @override
+    async def read_drawn(self, parts: Iterator[Part], segments: Iterable[int]) -> None:
+        await self._read(parts, segments, NUM_READERS)
+
+    async def _read(self, parts: Iterable[Part], segments: Iterable[int], readers: int) -> None:
+        self._check_alive()
         mappings = {}  # SHM-2: held until no worker reads any more
-        for number in dict.fromkeys(part.segment for part in parts):
+        for number in segments:
             mapping = self._mappings.get(number)
             if mapping is None:
                 mapping = await self._io.run(self._mapped(number))
             mappings[number] = mapping
-        total = sum(part.nbytes for part in parts)
         job = Job(self._chunks(parts, mappings), _copy, "shm.chunk")
         self._jobs.add(job)
         try:
-            readers = NUM_READERS if total > CHUNK_NBYTES else 1
             await finish(job.start(self._workers, readers), job.stop)
         finally:
             self._jobs.discard(job)
         self._check_alive()
 
     @staticmethod
-    def _chunks(parts: Sequence[Part], mappings: dict[int, _Mapping]) -> Iterator[_Chunk]:
+    def _chunks(parts: Iterable[Part], mappings: dict[int, _Mapping]) -> Iterator[_Chunk]:
+        """Pieces of `CHUNK_NBYTES`; neighbours there that are neighbours here are one.
+
+        Between two on one tray (`aiordt._batch`) a few bytes are nobody's: they may be copied.
+        """
+        start = end = shift = segment = 0
+        tray = None
         for part in parts:
-            mapping = mappings[part.segment]  # SHM-1
+            address, nbytes = part.address, part.nbytes
             cut = part.cut
-            if cut is None or cut.contiguous:
-                source = mapping.translate(part.address, part.nbytes)
-                yield from pieces(source, part.target, part.nbytes)
+            if (
+                part.segment == segment
+                and cut is None
+                and part.tensor is tray
+                and part.target - address == shift
+                and 0 <= address - end < ALIGNMENT
+                and address + nbytes - start <= CHUNK_NBYTES
+            ):
+                end = address + nbytes
                 continue
-            yield from _strided_chunks(part, mapping.translate(part.address, cut.span))
+            if end > start:
+                source = mappings[segment].translate(start, end - start)
+                yield from pieces(source, start + shift, end - start)
+            start = end = 0
+            segment = part.segment
+            tray = part.tensor
+            if cut is None or cut.contiguous:
+                start, end, shift = address, address + nbytes, part.target - address
+            else:
+                mapping = mappings[segment]  # SHM-1
+                yield from _strided_chunks(part, mapping.translate(address, cut.span))
+        if end > start:
+            source = mappings[segment].translate(start, end - start)
+            yield from pieces(source, start + shift, end - start)
 
     @override
     async def view(self, segment: int, address: int, nbytes: int) -> torch.Tensor:

@@ -4,8 +4,8 @@ A consumer asks over the control connection. The owner posts all messages of the
 once and replies; of a large message only its announcement travels until the consumer posts
 the receive, and it does so a few at a time. So the consumer sets the pace, the owner has
 nothing to do in between, and what a cancelled read does not want any more ends, unmoved, by
-receives that are too short (nothing that was sent can be taken back). Up to `REPLY_NBYTES`
-come in the reply.
+receives that are too short (nothing that was sent can be taken back). Small parts are packed
+by the owner, as the consumer takes them. Up to `REPLY_NBYTES` come in the reply.
 
 The control requests are authenticated; the messages of UCX are not, nor are they encrypted.
 
@@ -42,7 +42,7 @@ from aiordt.transports import _ucx_link
 from aiordt.transports._ucp import UcxError
 from aiordt.transports._ucx_devices import missing_rdma, network_device
 from aiordt.transports._ucx_link import UcxLink, connect_endpoint, fields, packed
-from aiordt.transports._ucx_worker import Outgoing, UcxWorker, messages
+from aiordt.transports._ucx_worker import Outgoing, UcxWorker, memory_to_send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -205,7 +205,6 @@ class UcxTransport(Transport):
         if nbytes > _ucx_link.REPLY_NBYTES:
             raise ProtocolViolationError("that is too large for a reply")
         async with self._source.open(unpack_items(items), nbytes) as served:
-            await served.ready.wait()
             return b"".join(served.views)
 
     async def _serve_send(
@@ -228,9 +227,8 @@ class UcxTransport(Transport):
         endpoint, tag, shared = way
         try:
             async with self._source.open(items, nbytes) as served:  # held until UCX lets go (OWN-1)
-                await served.ready.wait()
                 phase("ucx.sending")
-                transfer = Outgoing(endpoint, tag, messages(served.views, shared=shared))
+                transfer = Outgoing(endpoint, tag, memory_to_send(served.views, shared=shared))
                 await self.run(
                     self.worker.carry_out(
                         transfer, lambda: post(self.io.loop, settle, started, None, None)

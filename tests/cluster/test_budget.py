@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import ray
 import torch
 
 import aiordt
-from tests.support import MIB
+from tests.support import MIB, Node, clean
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 LIMIT = 4 * MIB
-OPTIONS = {"runtime_env": {"env_vars": {"AIORDT_MAX_EXPORTED_BYTES": str(LIMIT)}}}
+
+
+@pytest.fixture(scope="module")
+def _bounded(spawn_for_all: Any) -> Any:
+    return spawn_for_all(Node, {"max_exported_bytes": LIMIT})
 
 
 @pytest.fixture
-def bounded(spawn: Any) -> Any:
-    return spawn(options=OPTIONS)
+async def bounded(_bounded: Any) -> AsyncIterator[Any]:
+    yield _bounded
+    await clean(_bounded)
 
 
 def block(node: Any, nbytes: int) -> torch.Tensor:
@@ -88,8 +97,25 @@ async def test_a_cancelled_wait_leaves_the_queue(bounded: Any) -> None:  # CAN-1
     assert await bounded.run.remote(cancelled_put) == "behind came through"
 
 
-def blocking_put(node: Any) -> list[torch.Tensor]:
-    return [torch.ones(LIMIT, dtype=torch.uint8)]
+class Blocking(aiordt.AsyncActor):
+    """Its methods run on threads without a loop."""
+
+    def __init__(self) -> None:
+        aiordt.configure(max_exported_bytes=LIMIT)
+
+    @aiordt.method
+    def make(self, nbytes: int) -> torch.Tensor:
+        return block(self, nbytes)
+
+
+async def test_a_thread_without_a_loop_waits_for_room(spawn: Any) -> None:
+    blocking = spawn(ray.remote(Blocking))
+    first = await blocking.make.remote(3 * MIB)
+    second = asyncio.ensure_future(blocking.make.remote(2 * MIB))
+    done, _ = await asyncio.wait({second}, timeout=0.5)
+    assert not done
+    first.release()
+    assert int((await (await asyncio.wait_for(second, 10))).sum()) == 2 * MIB
 
 
 async def test_small_tensors_need_no_room(bounded: Any) -> None:

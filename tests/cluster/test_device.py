@@ -130,13 +130,12 @@ async def test_cancelled_while_waiting_for_the_device(nodes: Any, device: Any, h
     assert await device.run.remote(free)
 
 
-@pytest.mark.parametrize("how", HOWS)
-async def test_the_owner_dies_while_its_device_works(spawn: Any, how: str) -> None:
+async def test_the_owner_dies_while_its_device_works(spawn: Any) -> None:
     owner = spawn()
     await owner.run.remote(install)
-    refs = await getattr(owner, how).remote(zeros)
-    pulling = asyncio.ensure_future(aiordt.get(refs[0]))
-    await waiting(owner)
+    refs = [(await getattr(owner, how).remote(zeros))[0] for how in HOWS]
+    pulls = [asyncio.ensure_future(aiordt.get(ref)) for ref in refs]
+    await waiting(owner, len(pulls))
 
     def die(_: Any) -> None:
         import os  # noqa: PLC0415
@@ -145,8 +144,9 @@ async def test_the_owner_dies_while_its_device_works(spawn: Any, how: str) -> No
         os.kill(os.getpid(), signal.SIGKILL)
 
     owner.run.remote(die)
-    with pytest.raises(aiordt.OwnerDiedError):  # DTH-1
-        await asyncio.wait_for(pulling, 30)
+    for pulling in pulls:
+        with pytest.raises(aiordt.OwnerDiedError):  # DTH-1
+            await asyncio.wait_for(pulling, 30)
 
 
 async def test_work_that_fails_ends_the_pulls(nodes: Any, device: Any) -> None:

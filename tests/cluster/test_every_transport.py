@@ -154,6 +154,8 @@ def state(node: Any) -> dict[str, torch.Tensor]:
     made["tied"] = made["layer7"]
     made["transposed"] = made["layer8"].T
     made["tiny"] = shared(torch.arange(3))
+    for number in range(100):
+        made[f"odd{number}"] = shared(pattern(17_000 + number, torch.uint8))
     return made
 
 
@@ -167,7 +169,20 @@ async def test_a_state_dict(nodes: Any, transport: str) -> None:
         assert torch.equal(got[name], tensor), name
     assert got["tied"] is got["layer7"]
     assert got["transposed"].data_ptr() == got["layer8"].data_ptr()
-    assert moved(transport) - before == 300 * 70 * 70 * 4, "what is tied moves once"
+    wanted_nbytes = 300 * 70 * 70 * 4 + sum(17_000 + number for number in range(100))
+    assert moved(transport) - before == wanted_nbytes, "what is tied moves once"
+
+
+@pytest.mark.parametrize("transport", BY)
+async def test_nothing_is_written_between_targets(nodes: Any, transport: str) -> None:
+    numel = 100_000  # 32 bytes short of where the next one begins, at the owner and here
+    refs = await nodes[0].make.remote(
+        lambda _: [shared(torch.full((numel,), number, dtype=torch.uint8)) for number in range(20)]
+    )
+    memory = torch.full((20, numel + 32), 99, dtype=torch.uint8)
+    await aiordt.get(refs, into=[row[:numel] for row in memory], transport=transport)
+    assert bool((memory[:, numel:] == 99).all())
+    assert torch.equal(memory[:, 0], torch.arange(20, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("transport", BY)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 import aiordt
 from aiordt import _ray
-from aiordt.collective._member import group_here
 from aiordt.collective._members import Member
+from aiordt.collective._service import group_here
 from tests.cluster.group_support import everywhere, grouped
 from tests.support import Node, eventually
 

@@ -13,6 +13,8 @@ import torch
 from typing_extensions import override
 
 import aiordt
+from aiordt._export import export_blocking
+from aiordt._runtime import current
 from tests.support import MIB, arange, eventually
 
 if TYPE_CHECKING:
@@ -95,6 +97,14 @@ class SyncOnly(aiordt.AsyncActor):
     def total(self, ref: Any) -> float:
         return float(ref["t"].sum())
 
+    def export_while_the_io_thread_is_held(self) -> bool:
+        done, waited = threading.Event(), []
+        current().io.loop.call_soon_threadsafe(lambda: waited.append(done.wait(20)))
+        export_blocking(arange(MIB), "test", transport=None, snapshot=False)
+        in_time = not waited
+        done.set()
+        return in_time
+
     @aiordt.method(snapshot=True)
     def stream(self, n: int) -> Iterator[torch.Tensor]:
         tensor = torch.zeros(MIB)
@@ -103,24 +113,27 @@ class SyncOnly(aiordt.AsyncActor):
             yield tensor
 
 
-async def test_def_async_def_inheritance_and_own_init(spawn: Any) -> None:
-    actor = spawn(GroupedActor, 2.0)
-    assert torch.equal(await (await actor.inherited.remote()), arange(MIB) * 2)
-    assert set(await actor.overridden.remote()) == {"derived"}
-    ref, thread = await actor.plain.remote(MIB)
+@pytest.fixture(scope="module")
+def grouped(spawn_for_all: Any) -> Any:
+    return spawn_for_all(GroupedActor, 2.0)
+
+
+async def test_def_async_def_inheritance_and_own_init(grouped: Any) -> None:
+    assert torch.equal(await (await grouped.inherited.remote()), arange(MIB) * 2)
+    assert set(await grouped.overridden.remote()) == {"derived"}
+    ref, thread = await grouped.plain.remote(MIB)
     assert torch.equal(await ref, arange(MIB))
     assert "AsyncIO" in thread
-    assert isinstance(await actor.not_decorated.remote(), torch.Tensor)
+    assert isinstance(await grouped.not_decorated.remote(), torch.Tensor)
 
 
-async def test_generators(spawn: Any) -> None:
-    actor = spawn(GroupedActor, 2.0)
+async def test_generators(grouped: Any) -> None:
     seen = []
-    async for out in actor.stream.remote(4):
+    async for out in grouped.stream.remote(4):
         item = await out
         seen.append((item["i"], float((await item["t"])[0])))
     assert seen == [(i, float(i)) for i in range(4)]
-    values = [float((await (await out))[7]) async for out in actor.sync_stream.remote(3)]
+    values = [float((await (await out))[7]) async for out in grouped.sync_stream.remote(3)]
     assert values == [0.0, 1.0, 2.0]
 
 
@@ -161,30 +174,27 @@ async def test_an_actor_configures_itself(nodes: Any, spawn: Any) -> None:
     assert torch.equal(await ref, torch.ones(3))
 
 
-async def test_resolve_pulls_refs_in_args_and_kwargs(nodes: Any, spawn: Any) -> None:
-    actor = spawn(GroupedActor, 1.0)
+async def test_resolve_pulls_refs_in_args_and_kwargs(nodes: Any, grouped: Any) -> None:
     refs = await nodes[0].make.remote(lambda _: [arange(40), arange(MIB), arange(3 * MIB)])
     nested = nodes[0].make.remote(lambda _: arange(2 * MIB))
-    sums = await actor.total.remote({"w": refs[0]}, refs[1], more={"x": refs[2], "o": nested})
+    sums = await grouped.total.remote({"w": refs[0]}, refs[1], more={"x": refs[2], "o": nested})
     want = [float(arange(n).sum()) for n in (40, MIB, 3 * MIB, 2 * MIB)]
     assert sums == want
 
 
 @pytest.mark.parametrize("name", ["two_ours_on_top", "two_rays_on_top"])
-async def test_ray_method_in_either_order(spawn: Any, name: str) -> None:
-    actor = spawn(GroupedActor, 1.0)
-    first, second = getattr(actor, name).remote()
+async def test_ray_method_in_either_order(grouped: Any, name: str) -> None:
+    first, second = getattr(grouped, name).remote()
     assert torch.equal(await (await first), arange(MIB))
     second = await second
     assert "io" in second["thread"]
     assert torch.equal(await second["t"], arange(2 * MIB))
 
 
-async def test_concurrency_groups_have_their_own_loops(nodes: Any, spawn: Any) -> None:
-    actor = spawn(GroupedActor, 1.0)
+async def test_concurrency_groups_have_their_own_loops(nodes: Any, grouped: Any) -> None:
     ref = await nodes[0].make.remote(lambda _: arange(4 * MIB))
-    calls = [actor.other_loop.remote([ref]) for _ in range(8)]
-    firsts = [actor.overridden.remote() for _ in range(4)]
+    calls = [grouped.other_loop.remote([ref]) for _ in range(8)]
+    firsts = [grouped.overridden.remote() for _ in range(4)]
     for out in calls:
         got = await out
         assert "compute" in got["thread"]
@@ -224,6 +234,7 @@ async def test_sync_only_actor(nodes: Any, spawn: Any) -> None:
     assert await actor.total.remote(refs) == float(arange(2 * MIB).sum())
     values = [float((await (await out))[3]) async for out in actor.stream.remote(3)]
     assert values == [0.0, 1.0, 2.0]
+    assert await actor.export_while_the_io_thread_is_held.remote()
 
 
 async def test_named_detached_and_restarted(spawn: Any) -> None:

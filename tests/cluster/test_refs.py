@@ -14,6 +14,7 @@ import torch
 
 import aiordt
 from aiordt._types import DTYPES
+from aiordt.testing._pair import sparse
 from tests.support import MIB, arange
 
 DTYPE_LIST = [dtype for dtype in DTYPES if dtype is not None]
@@ -203,13 +204,20 @@ async def test_what_cannot_be_exported_is_refused_whole(nodes: Any, make: Any, w
 
 async def test_over_two_and_four_gib(nodes: Any) -> None:
     a, b, _ = nodes
-    ref = await a.make.remote(lambda _: torch.zeros((4 << 30) + 5, dtype=torch.uint8))
+    nbytes = (4 << 30) + 5
+    marks = dict.fromkeys((0, (2 << 30) - 1, 2 << 30, 4 << 30, nbytes - 1), b"\x07")
+    ref = await a.make.remote(lambda _: sparse(nbytes, marks))  # whose zeros take no memory
 
-    async def check(_: Any, refs: list[Any]) -> tuple[int, int]:
+    async def check(_: Any, refs: list[Any]) -> tuple[int, list[int]]:
         tensor = await refs[0]
-        return tensor.numel(), int(tensor[:: 1 << 20].sum())
+        places = [place + step for place in marks for step in (-1, 0, 1)]
+        return tensor.numel(), [
+            place for place in places if 0 <= place < nbytes and bool(tensor[place] == 7)
+        ]
 
-    assert await b.run.remote(check, [ref]) == ((4 << 30) + 5, 0)
+    numel, found = await b.run.remote(check, [ref])
+    assert numel == nbytes
+    assert sorted(set(found)) == sorted(marks)
 
 
 async def test_ten_thousand_tiny_tensors(nodes: Any) -> None:

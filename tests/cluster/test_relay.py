@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,21 +14,30 @@ import aiordt
 from aiordt import _relay
 from aiordt._runtime import current
 from aiordt.testing import at_phase
-from tests.support import MIB, arange, eventually
+from tests.support import MIB, Node, arange, clean, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 _NBYTES = 4 * MIB
 
 
+#: To who has these, every owner is as if on another host.
+_ELSEWHERE = {"transports": ("shm", "tcp")}
+
+
+@pytest.fixture(scope="module")
+def _neighbours(spawn_for_all: Any) -> list[Any]:
+    return [spawn_for_all(Node, _ELSEWHERE) for _ in range(3)]
+
+
 @pytest.fixture
-def neighbours(spawn: Any) -> Any:
-    """Makes consumers to which every owner is as if on another host."""
-
-    def make(count: int, **options: int) -> list[Any]:
-        variables = {"AIORDT_TRANSPORTS": "shm,tcp"}
-        variables.update({f"AIORDT_{name.upper()}": str(n) for name, n in options.items()})
-        return [spawn(options={"runtime_env": {"env_vars": variables}}) for _ in range(count)]
-
-    return make
+async def neighbours(_neighbours: list[Any]) -> AsyncIterator[list[Any]]:
+    """Three consumers on another host; after the test they hold nothing and keep no copy."""
+    yield _neighbours
+    await clean(*_neighbours)
+    for each in _neighbours:
+        await eventually(partial(keeps_nothing, each), what="no copy is left")
 
 
 def keep(node: Any, nbytes: int) -> torch.Tensor:
@@ -63,29 +73,26 @@ def total(moved: list[dict[str, int]], name: str) -> int:
 
 
 async def test_bytes_cross_once(nodes: Any, neighbours: Any) -> None:
-    consumers = neighbours(3)
     ref = await nodes[0].make.remote(keep, _NBYTES)
-    found = await asyncio.gather(*(each.run.remote(received, ref) for each in consumers))
+    found = await asyncio.gather(*(each.run.remote(received, ref) for each in neighbours))
     assert all(torch.equal(got, arange(_NBYTES)) for got, _ in found)
     moved = [each for _, each in found]
     assert (total(moved, "tcp"), total(moved, "shm")) == (_NBYTES, 2 * _NBYTES)
 
 
 async def test_a_batch_of_small_tensors_crosses_once(nodes: Any, neighbours: Any) -> None:
-    consumers = neighbours(3)
     tree = await nodes[0].make.remote(keep_many, 40)
-    found = await asyncio.gather(*(each.run.remote(received, tree) for each in consumers))
+    found = await asyncio.gather(*(each.run.remote(received, tree) for each in neighbours))
     for got, _ in found:
         assert all(torch.equal(got[f"layer{n}"], arange(64 * 1024) + n) for n in range(40))
     assert total([each for _, each in found], "tcp") == 40 * 64 * 1024
 
 
 async def test_a_copy_is_private(nodes: Any, neighbours: Any) -> None:
-    consumers = neighbours(2)
     ref = await nodes[0].make.remote(keep, _NBYTES)
-    for each in consumers:
+    for each in neighbours[:2]:
         assert await each.run.remote(scribble, ref)
-    got, _ = await consumers[1].run.remote(received, ref)
+    got, _ = await neighbours[1].run.remote(received, ref)
     assert torch.equal(got, arange(_NBYTES))
 
 
@@ -95,21 +102,21 @@ async def scribble(node: Any, ref: aiordt.TensorRef) -> bool:
 
 
 async def test_copies_hold_no_tensor(nodes: Any, neighbours: Any) -> None:  # LSE-1
-    (consumer,) = neighbours(1)
+    consumer = neighbours[0]
     ref = await nodes[0].make.remote(keep, _NBYTES)
     await consumer.run.remote(received, ref)
     assert await consumer.run.remote(copies) == _NBYTES
     ref.release()
     assert await nodes[0].run.remote(is_free)
-    await eventually(lambda: _keeps_nothing(consumer), what="the copy is gone with the export")
+    await eventually(lambda: keeps_nothing(consumer), what="the copy is gone with the export")
 
 
-async def _keeps_nothing(consumer: Any) -> bool:
+async def keeps_nothing(consumer: Any) -> bool:
     return bool(await consumer.run.remote(copies) == 0)
 
 
-async def test_room_for_copies_is_bounded(nodes: Any, neighbours: Any) -> None:
-    (consumer,) = neighbours(1, relay_nbytes=5 * MIB)
+async def test_room_for_copies_is_bounded(nodes: Any, spawn: Any) -> None:
+    consumer = spawn(Node, {**_ELSEWHERE, "relay_nbytes": 5 * MIB})
     refs = [await nodes[0].make.remote(keep, size * MIB) for size in (3, 4, 2, 6)]
     for ref, size in zip(refs, (3, 4, 2, 6), strict=True):
         got, moved = await consumer.run.remote(received, ref)
@@ -118,11 +125,17 @@ async def test_room_for_copies_is_bounded(nodes: Any, neighbours: Any) -> None:
     assert await consumer.run.remote(copies) == 2 * MIB, "4 went for 2, and 6 never fits"
 
 
-async def test_without_room_every_pull_goes_to_the_owner(nodes: Any, neighbours: Any) -> None:
-    consumers = neighbours(2, relay_nbytes=0)
-    ref = await nodes[0].make.remote(keep, _NBYTES)
-    found = await asyncio.gather(*(each.run.remote(received, ref) for each in consumers))
-    assert total([each for _, each in found], "tcp") == 2 * _NBYTES
+async def test_without_room_every_pull_goes_to_the_owner(
+    nodes: Any, neighbours: Any, spawn: Any
+) -> None:
+    alone = spawn(Node, {**_ELSEWHERE, "relay_nbytes": 0})
+    first, second = [await nodes[0].make.remote(keep, _NBYTES) for _ in range(2)]
+    for consumer, ref in zip(
+        (alone, neighbours[0], neighbours[1], alone), (first, first, second, second), strict=True
+    ):
+        got, moved = await consumer.run.remote(received, ref)
+        assert torch.equal(got, arange(_NBYTES))
+        assert moved["tcp"] == _NBYTES, "neither offered to others nor asked of them"
 
 
 async def stand_in(sock: socket.socket, answer: bytes) -> None:
@@ -134,7 +147,7 @@ async def stand_in(sock: socket.socket, answer: bytes) -> None:
 
 async def test_a_stranger_in_the_place_of_a_neighbour(nodes: Any, neighbours: Any) -> None:
     """Any process of the host may take the name: it is neither believed nor waited for."""
-    (consumer,) = neighbours(1)
+    consumer = neighbours[0]
     answers = [b"", b"garbage", b"\x96" * 40, _relay._pack_address(current().address)[:-1] + b"\0"]
     for answer in answers:
         ref = await nodes[0].make.remote(keep, _NBYTES)
@@ -178,7 +191,7 @@ async def cancel_alone(node: Any, ref: aiordt.TensorRef) -> int:
 
 
 async def test_cancellation(nodes: Any, neighbours: Any) -> None:  # CAN-1, ISO-1
-    (consumer,) = neighbours(1)
+    consumer = neighbours[0]
     ref = await nodes[0].make.remote(keep, _NBYTES * 4)
     assert await consumer.run.remote(cancel_alone, ref) == 0
     other = await nodes[0].make.remote(keep, _NBYTES * 4)

@@ -9,6 +9,9 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+import ray
+
 ROOT = Path(__file__).parent.parent.parent
 
 _HEAD = """
@@ -16,8 +19,9 @@ import asyncio, gc, os, sys, threading, time, warnings
 import ray, torch, aiordt
 
 def init():
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False,
-             object_store_memory=100 << 20)
+    ours = dict(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20)
+    ray.init(logging_level="ERROR", log_to_driver=False,
+             **({} if "RAY_ADDRESS" in os.environ else ours))
 
 @ray.remote(num_cpus=0)
 class Node(aiordt.AsyncActor):
@@ -29,6 +33,12 @@ class Node(aiordt.AsyncActor):
 
 WANT = float(torch.arange(500_000.0).sum())
 """
+
+
+@pytest.fixture
+def address(cluster: None) -> str:
+    """Of the cluster of all tests, where one of its own makes no difference."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def script(body: str, **environment: str) -> str:
@@ -122,8 +132,9 @@ def test_exit_is_quiet_and_quick_with_everything_open() -> None:
     assert time.monotonic() - started < 75
 
 
-def test_exit_without_shutdown_in_the_middle_of_a_pull() -> None:
-    out = script("""
+def test_exit_without_shutdown_in_the_middle_of_a_pull(address: str) -> None:
+    out = script(
+        """
         init()
         async def main():
             node = Node.remote()
@@ -133,12 +144,15 @@ def test_exit_without_shutdown_in_the_middle_of_a_pull() -> None:
             print("leaving", flush=True)
             sys.exit(0)
         asyncio.run(main())
-        """)
+        """,
+        RAY_ADDRESS=address,
+    )
     assert "leaving" in out
 
 
-def test_shutdown_while_a_wait_is_pending_ends_it() -> None:
-    out = script("""
+def test_shutdown_while_a_wait_is_pending_ends_it(address: str) -> None:
+    out = script(
+        """
         async def main():
             init()
             tensor = torch.ones(500_000)
@@ -151,12 +165,15 @@ def test_shutdown_while_a_wait_is_pending_ends_it() -> None:
             except aiordt.ClosedError as exc:
                 print("closed:", exc)
         asyncio.run(main())
-        """)
+        """,
+        RAY_ADDRESS=address,
+    )
     assert "closed:" in out
 
 
-def test_without_ray_and_configure() -> None:
-    out = script("""
+def test_without_ray_and_configure(address: str) -> None:
+    out = script(
+        """
         async def main():
             try:
                 await aiordt.put(torch.ones(3))
@@ -182,15 +199,18 @@ def test_without_ray_and_configure() -> None:
             assert await node.total.remote([ref]) == 3.0
         asyncio.run(main())
         ray.shutdown()
-        """)
+        """,
+        RAY_ADDRESS=address,
+    )
     assert "1 Ray is not initialized" in out
     assert out.count("refused") == 5
     assert "tcp 1" in out
     assert "2 configure() came too late" in out
 
 
-def test_import_and_idle_runtime_cost_nothing() -> None:
-    out = script("""
+def test_import_and_idle_runtime_cost_nothing(address: str) -> None:
+    out = script(
+        """
         init()
         async def main():
             ref = await aiordt.put(torch.ones(500_000))
@@ -213,7 +233,9 @@ def test_import_and_idle_runtime_cost_nothing() -> None:
             print("threads", len(ids), "ticks", ours)
         asyncio.run(main())
         ray.shutdown()
-        """)
+        """,
+        RAY_ADDRESS=address,
+    )
     words = out.split()
     assert int(words[1]) >= 2
     assert int(words[3]) <= 4, "aiordt's threads used over 1 % of a core while idle"

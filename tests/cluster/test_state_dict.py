@@ -246,10 +246,24 @@ async def test_ten_thousand_tensors_of_all_kinds(nodes: Any, make: str) -> None:
     assert (await a.stats.remote()).exports == 10_002
 
 
-async def test_one_tensor_keeps_no_other_alive(nodes: Any) -> None:
+async def test_tensors_have_storages_of_their_own(nodes: Any) -> None:
     refs = await nodes[0].make.remote(lambda _: [arange(100_000) for _ in range(100)])
     got = await aiordt.get(refs)
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in got)
+
+
+async def test_one_tensor_keeps_little_memory(nodes: Any) -> None:
+    refs = await nodes[0].make.remote(lambda _: [arange(100_000) for _ in range(400)])
+    got = await aiordt.get(refs)
+    kept = got[200]
+    before = aiordt.stats().pool_bytes
+    del got
+    returned = aiordt.stats().pool_bytes - before
+    assert returned >= 400 * kept.nbytes - 3 * MIB
+    again = await aiordt.get(refs)  # on the same memory
+    assert torch.equal(kept, arange(100_000))
+    assert aiordt.stats().pool_bytes - before < 3 * MIB
+    del again, kept
 
 
 async def test_over_four_gib_in_one_dict(nodes: Any) -> None:

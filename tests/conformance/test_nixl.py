@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from aiordt._errors import TransferError, UnavailableError
+from aiordt._errors import ClosedError, OwnerDiedError, TransferError, UnavailableError
 from aiordt._peer import RemotePeer
 from aiordt.abc import Part
-from aiordt.testing import Leaks, _process, check_transport, eventually, process_pairs
+from aiordt.testing import (
+    Leaks,
+    _process,
+    at_phase,
+    check_transport,
+    eventually,
+    process_pairs,
+)
 from aiordt.testing._process import _Half
 from aiordt.transports import _nixl_read, nixl, probe
 from aiordt.transports.nixl import NixlLink, NixlTransport
@@ -212,6 +219,44 @@ async def test_a_loop_never_waits_for_the_agent(ends: Ends) -> None:  # NIX-2
     assert link.read_nowait([part])
 
 
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+async def test_closing_needs_nothing_of_a_loop_that_reads(
+    ends: Ends, *, known: bool, routed: bool
+) -> None:
+    """As when a runtime is closed on the loop that pulls: it stands still until that is done."""
+    link = await ends.connect()  # CLS-2, NIX-4
+    tensor = torch.arange(16 << 20)
+    target = torch.zeros_like(tensor)
+    key = ends.export([tensor])
+    if known:
+        await read(link, key, [tensor])
+    reading = asyncio.create_task(link.read([part_of(key, 0, tensor, target)]))
+    with at_phase("nixl.chunk", lambda: None) as phases:
+        await phases.wait_reached()
+        if routed:  # as a runtime's routes do before its transports end
+            await link.aclose()
+        ends.reader.close()
+    assert ends.reader.io.loop.is_closed(), "its io thread has ended"
+    with pytest.raises(ClosedError):
+        await reading
+
+
+async def test_closing_ends_a_first_contact(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:  # CLS-2
+    monkeypatch.setenv("UCX_TLS", "tcp")  # the owner would have to help
+    monkeypatch.setattr(nixl, "only_tcp", lambda: False)
+    monkeypatch.setattr(_nixl_read, "WIRING_SECONDS", 60)
+    connecting = asyncio.create_task(ends.connect())
+    with at_phase("nixl.proving", lambda: None) as phases:
+        await phases.wait_reached()
+        ends.reader.close()
+    assert ends.reader.io.loop.is_closed(), "its io thread has ended"
+    with pytest.raises(ClosedError):
+        await connecting
+
+
 async def test_nothing_outside_of_an_export_is_read(ends: Ends) -> None:  # NIX-3
     link = await ends.connect()
     tensor, target = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
@@ -279,6 +324,26 @@ async def test_the_link_is_usable_after_a_failed_transfer(
     with process_pairs("nixl") as make_pair:
         await read_after_a_failure(make_pair)
     await leaks.wait_none()
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+async def test_an_owner_that_dies_while_it_is_asked(*, renewed: bool) -> None:  # DTH-1
+    with process_pairs("nixl") as make_pair:
+        pair = await make_pair()
+        (exported,) = await pair.export([torch.arange(1000)])
+        target = torch.zeros_like(exported.like)
+        assert isinstance(pair.link, NixlLink)
+        pair.link._remote.broken = renewed
+        assert make_pair._process is not None
+        kill = make_pair._process.kill
+
+        def die() -> None:
+            kill()
+            raise RuntimeError("NIXL_ERR_REMOTE_DISCONNECT")
+
+        with at_phase("nixl.loading", die), pytest.raises(OwnerDiedError):
+            await pair.link.read([exported.part(target.data_ptr())])
+        await pair.aclose()
 
 
 _PROGRAM = """

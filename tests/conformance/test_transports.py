@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import uvloop
+from typing_extensions import override
 
 from aiordt._config import TRANSPORTS
 from aiordt._errors import UnavailableError
 from aiordt.testing import Leaks, check_huge_part, check_transport, process_pairs
+from aiordt.testing._process import ServingProcess
 from aiordt.transports import load, probe
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from aiordt.testing import MakePair
 
@@ -29,26 +31,52 @@ def skip_unless_usable(transport: str) -> None:
         pytest.skip(f"{transport}: {available.reason}")
 
 
-async def check(transport: str, suite: Callable[[MakePair], Awaitable[None]]) -> None:
+@pytest.fixture(scope="module")
+def spare() -> Iterator[list[ServingProcess]]:
+    """A process that starts while a test runs, for the next one: that takes 2 s."""
+    processes = [ServingProcess()]
+    yield processes
+    processes[0].close()
+
+
+class PairsOf(process_pairs):
+    """As `process_pairs`, of a process that was started before."""
+
+    def __init__(self, transport: str, process: ServingProcess) -> None:
+        super().__init__(transport)
+        self._started: ServingProcess | None = process
+
+    @override
+    def _start(self) -> ServingProcess:
+        self._process, self._started = self._started, None
+        return super()._start() if self._process is None else self._process
+
+
+async def check(
+    transport: str,
+    suite: Callable[[MakePair], Awaitable[None]],
+    spare: list[ServingProcess],
+) -> None:
+    process, spare[0] = spare[0], ServingProcess()
     leaks = Leaks()
-    with process_pairs(transport) as make_pair:
+    with PairsOf(transport, process) as make_pair:
         await suite(make_pair)
     await leaks.wait_none()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_conformance(transport: str, loop: str) -> None:
+def test_conformance(transport: str, loop: str, spare: list[ServingProcess]) -> None:
     skip_unless_usable(transport)
     make_loop: Callable[[], asyncio.AbstractEventLoop] = LOOPS[loop]
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        runner.run(check(transport, check_transport))
+        runner.run(check(transport, check_transport, spare))
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_more_than_4_gib(transport: str) -> None:  # DAT-3
+async def test_more_than_4_gib(transport: str, spare: list[ServingProcess]) -> None:  # DAT-3
     skip_unless_usable(transport)
     try:
-        await check(transport, check_huge_part)
+        await check(transport, check_huge_part, spare)
     except UnavailableError as exc:
         pytest.skip(exc.reason)

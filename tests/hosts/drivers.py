@@ -1,6 +1,7 @@
-"""The drivers of `test_two_hosts.py`: run inside host 1 as ``drivers.py <scenario>``.
+"""The drivers of `test_two_hosts.py`, run inside host 1.
 
-Each prints one line ``RESULT <json>``; what is asserted stands in the tests.
+``drivers.py <scenario> [<address>]`` runs one scenario, ``drivers.py`` those whose names it
+reads. Of each there is one line ``RESULT <json>``; what is asserted stands in the tests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import ray
 import torch
 
 import aiordt
+import tests.worker  # noqa: F401  (coverage of this process, too)
 from aiordt import _runtime
 
 if TYPE_CHECKING:
@@ -270,32 +272,38 @@ def fresh(host: str) -> Any:
     return Actor.options(resources={host: 1}).remote()
 
 
-def neighbour() -> Any:
-    """One of several on host 2 that share what they pull."""
-    return Actor.options(resources={"h2": 1}).remote(relay=True)
+#: Actors on host 2 that share what they pull; the scenarios of one driver use them in turn.
+_neighbours: list[Any] = []
+
+
+async def neighbours(count: int) -> list[Any]:
+    """So many of them, with no copy."""
+    while len(_neighbours) < count:
+        _neighbours.append(Actor.options(resources={"h2": 1}).remote(relay=True))
+    for each in _neighbours:
+        await each.wait_shared_freed.remote()
+    return _neighbours[:count]
 
 
 async def crossing() -> object:
-    owner, consumers = shared("h1"), [neighbour() for _ in range(8)]
+    owner, (late, *consumers) = shared("h1"), await neighbours(9)
     tree = await owner.make.remote(64 * MIB, 1)
     strided = await owner.make_strided.remote("columns", 2)
     rounds = []
     for _ in range(2):
         found = await asyncio.gather(*(each.check.remote(tree, 1) for each in consumers))
         rounds.append(found)
-    late = neighbour()
     rounds.append([await late.check.remote(tree, 1)])
     keeping = await asyncio.gather(*(each.keeps.remote() for each in [*consumers, late]))
     small = await asyncio.gather(*(each.check.remote(strided, 2, "columns") for each in consumers))
     del tree, strided
-    for each in [*consumers, late]:
-        await each.wait_shared_freed.remote()
+    await neighbours(9)  # keep nothing any more
     return {"rounds": rounds, "keeping": keeping, "small": small}
 
 
 async def neighbour_ends(signum: signal.Signals) -> object:
     """The first ends, or stands still, in the middle of its transfer."""
-    owner, consumers = shared("h1"), [neighbour() for _ in range(3)]
+    owner, consumers = shared("h1"), await neighbours(3)
     pids = await asyncio.gather(*(each.pid.remote() for each in consumers))
     await asyncio.gather(*(each.check.remote(owner.make.remote(MIB, 5), 5) for each in consumers))
     tree = await owner.make.remote(48 * MIB, 1)
@@ -305,6 +313,7 @@ async def neighbour_ends(signum: signal.Signals) -> object:
         kept = await asyncio.gather(*(each.keeps.remote() for each in consumers))
     (first,) = [index for index, nbytes in enumerate(kept) if nbytes]
     await consumers[first].strike.remote(int(signum))
+    _neighbours.remove(consumers[first])
     others = [await pull for index, pull in enumerate(pulls) if index != first]
     return {"pids": pids, "first": first, "others": others}
 
@@ -318,7 +327,7 @@ async def neighbour_stopped() -> object:
 
 
 async def shared_owner_killed() -> object:
-    owner, consumers = fresh("h1"), [neighbour() for _ in range(3)]
+    owner, consumers = fresh("h1"), await neighbours(3)
     tree = await owner.make.remote(48 * MIB, 1)
     pid = await owner.pid.remote()
     for each in consumers:
@@ -510,11 +519,13 @@ def use_node_by_address(address: str) -> None:
 
 
 def main() -> None:
-    if sys.argv[2:]:
-        use_node_by_address(sys.argv[2])
+    names, address = sys.argv[1:2], sys.argv[2:]
+    if address:
+        use_node_by_address(*address)
     ray.init(namespace="hosts", log_to_driver=False)
-    result = asyncio.run(SCENARIOS[sys.argv[1]]())
-    print("RESULT", json.dumps(result), flush=True)  # noqa: T201
+    for name in names or sys.stdin:
+        result = asyncio.run(SCENARIOS[name.strip()]())
+        print("RESULT", json.dumps(result), flush=True)  # noqa: T201
     ray.shutdown()
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import json
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aiordt.testing._hosts import hosts_unavailable, two_hosts
+from tests import worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,7 @@ SLOW_MEGABITS = 400
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[TwoHosts]:
-    with two_hosts() as made:
+    with two_hosts(environment=worker.environment()) as made:
         yield made
 
 
@@ -47,20 +48,62 @@ def slow(hosts: TwoHosts, megabits: int = SLOW_MEGABITS) -> Iterator[None]:
         hosts.slow(None)
 
 
-def finish(program: Program, *, seconds: float = 60) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(program.expect("RESULT ", seconds=seconds))
+class Driver:
+    """A driver inside host 1, for all scenarios that need none of their own."""
+
+    def __init__(self, hosts: TwoHosts) -> None:
+        self._hosts = hosts
+        self._exits = ExitStack()
+        self._program: Program | None = None
+
+    def begin(self, name: str) -> Program:
+        """Begin a scenario."""
+        if self._program is None:
+            self._program = self._exits.enter_context(self._hosts.h1.start(DRIVERS))
+        self._program.tell(name)
+        return self._program
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Run a scenario to its end."""
+        return self.end(self.begin(name))
+
+    def end(self, program: Program) -> dict[str, Any]:
+        """What a scenario came to; a driver that failed is not used again."""
+        try:
+            return result(program)
+        except (EOFError, TimeoutError):
+            self._program = None
+            raise
+
+    def close(self) -> None:
+        """It ends as a driver should."""
+        with self._exits:
+            if self._program is not None:
+                done = self._program.wait(seconds=20)
+                assert done.exit_code == 0, done.output
+
+
+@pytest.fixture(scope="module")
+def driver(hosts: TwoHosts) -> Iterator[Driver]:
+    made = Driver(hosts)
+    yield made
+    made.close()
+
+
+def result(program: Program, *, seconds: float = 60) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(program.expect("RESULT ", seconds=seconds))
+    return found
+
+
+def finish(program: Program) -> dict[str, Any]:
+    found = result(program)
     done = program.wait(seconds=20)
     assert done.exit_code == 0, done.output
-    return result
+    return found
 
 
-def scenario(hosts: TwoHosts, name: str) -> dict[str, Any]:
-    with hosts.h1.start(DRIVERS, name) as program:
-        return finish(program)
-
-
-def test_tensors_of_all_sizes_and_layouts_arrive_by_tcp(hosts: TwoHosts) -> None:
-    found = scenario(hosts, "sizes")
+def test_tensors_of_all_sizes_and_layouts_arrive_by_tcp(driver: Driver) -> None:
+    found = driver.run("sizes")
     results = found["results"]
     assert all(result["equal"] for result in results.values()), results
     assert results[str(KIB)]["moved"] == {"inline": KIB}
@@ -85,8 +128,8 @@ def moved(results: list[dict[str, Any]], name: str) -> int:
     return sum(result["moved"].get(name, 0) for result in results)
 
 
-def test_one_crossing_serves_all_of_a_host(hosts: TwoHosts) -> None:  # RLY-1
-    found = scenario(hosts, "crossing")
+def test_one_crossing_serves_all_of_a_host(driver: Driver) -> None:  # RLY-1
+    found = driver.run("crossing")
     first, second, late = found["rounds"]
     for results in (first, second, late, found["small"]):
         assert all(result["equal"] for result in results), results
@@ -100,17 +143,21 @@ def test_one_crossing_serves_all_of_a_host(hosts: TwoHosts) -> None:  # RLY-1
 
 
 @pytest.mark.parametrize("end", ["killed", "stopped"])
-def test_the_end_of_a_neighbour_harms_no_pull(hosts: TwoHosts, end: str) -> None:  # RLY-2
+def test_the_end_of_a_neighbour_harms_no_pull(
+    hosts: TwoHosts, driver: Driver, end: str
+) -> None:  # RLY-2
     with slow(hosts):
-        found = scenario(hosts, f"neighbour_{end}")
+        found = driver.run(f"neighbour_{end}")
     if end == "stopped":
         hosts.h2.execute("kill", "-KILL", str(found["pids"][found["first"]]))
     assert [result["equal"] for result in found["others"]] == [True, True]
 
 
-def test_the_end_of_an_owner_is_told_to_all_of_a_host(hosts: TwoHosts) -> None:  # RLY-2
+def test_the_end_of_an_owner_is_told_to_all_of_a_host(
+    hosts: TwoHosts, driver: Driver
+) -> None:  # RLY-2
     with slow(hosts):
-        found = scenario(hosts, "shared_owner_killed")
+        found = driver.run("shared_owner_killed")
     assert [kind for kind, _, _ in found["ended"]] == ["OwnerDiedError"] * 3, found["ended"]
     assert max(seconds for _, _, seconds in found["ended"]) < 3.0, found["ended"]
 
@@ -123,7 +170,8 @@ def assert_refused(reason: str) -> None:
 def test_a_process_with_the_owners_id_is_not_read(hosts: TwoHosts) -> None:  # CMA-1
     # The driver owns the tensor; ids like its own are not in use on h2, which counts from 1.
     hosts.h1.execute("sh", "-c", "echo 20000 > /proc/sys/kernel/ns_last_pid")
-    found = scenario(hosts, "proof")
+    with hosts.h1.start(DRIVERS, "proof") as program:
+        found = finish(program)
     assert found["pid"] > 20000
     assert found["absent"]["chosen"] == "tcp"
     assert "another pid namespace" in found["absent"]["reasons"]["cma"]
@@ -147,24 +195,26 @@ def test_a_container_on_the_same_host_is_not_read(hosts: TwoHosts) -> None:  # C
         assert_refused(found[side]["reasons"]["cma"])
 
 
-def test_a_tensor_is_free_once_the_other_host_lets_go(hosts: TwoHosts) -> None:  # LSE-1
-    found = scenario(hosts, "lifetime")
+def test_a_tensor_is_free_once_the_other_host_lets_go(driver: Driver) -> None:  # LSE-1
+    found = driver.run("lifetime")
     for end, limit in (("drop", 1.0), ("kill", 5.0)):
         assert not found[end]["early"], "freed while the other host held it"
         assert found[end]["seconds"] < limit, (end, found)
 
 
-def test_owner_killed_in_a_transfer_ends_every_pull(hosts: TwoHosts) -> None:  # RPC-1
+def test_owner_killed_in_a_transfer_ends_every_pull(
+    hosts: TwoHosts, driver: Driver
+) -> None:  # RPC-1
     with slow(hosts):
-        found = scenario(hosts, "owner_killed")
+        found = driver.run("owner_killed")
     assert [kind for kind, _, _ in found["ended"]] == ["OwnerDiedError"] * 3, found["ended"]
     assert max(seconds for _, _, seconds in found["ended"]) < 2.0, found["ended"]
     assert found["again"]["equal"], "the consumer can pull from another owner"
 
 
-def test_cancelled_pull_harms_no_other(hosts: TwoHosts) -> None:  # OWN-1, CAN-1
+def test_cancelled_pull_harms_no_other(hosts: TwoHosts, driver: Driver) -> None:  # OWN-1, CAN-1
     with slow(hosts):
-        found = scenario(hosts, "cancel")
+        found = driver.run("cancel")
     assert found["cancelled"]
     assert found["seconds"] < 1.0, "a cancellation does not wait for the transfer"
     assert found["unchanged"], "written after the cancelled await had ended"
@@ -173,24 +223,24 @@ def test_cancelled_pull_harms_no_other(hosts: TwoHosts) -> None:  # OWN-1, CAN-1
     assert found["again"]["equal"]
 
 
-def test_link_cut_in_a_transfer_ends_the_pull(hosts: TwoHosts) -> None:
+def test_link_cut_in_a_transfer_ends_the_pull(hosts: TwoHosts, driver: Driver) -> None:
     outcomes, restored = hosts.h2.path("/dev/shm/outcomes"), hosts.h1.path("/dev/shm/restored")  # noqa: S108
     for path in (outcomes, restored):
         path.unlink(missing_ok=True)
     hosts.slow(SLOW_MEGABITS)
-    with hosts.h1.start(DRIVERS, "link") as program:
-        try:
-            program.expect("BEGUN", seconds=60)
-            hosts.cut(silently=True)  # a pulled cable, seen once, does no different
-            cut = time.monotonic()
-            while not outcomes.exists():
-                assert time.monotonic() < cut + 20, "the pull goes on without a link"
-                time.sleep(0.01)
-        finally:
-            hosts.restore()
-            hosts.slow(None)
-        restored.touch()
-        found = finish(program)
+    program = driver.begin("link")
+    try:
+        program.expect("BEGUN", seconds=60)
+        hosts.cut(silently=True)  # a pulled cable, seen once, does no different
+        cut = time.monotonic()
+        while not outcomes.exists():
+            assert time.monotonic() < cut + 20, "the pull goes on without a link"
+            time.sleep(0.01)
+    finally:
+        hosts.restore()
+        hosts.slow(None)
+    restored.touch()
+    found = driver.end(program)
     kind, text, when = found["outcomes"][0]
     print(f"cut: {kind} after {when - cut:.1f} s ({text}); Ray back {found['reached']:.1f} s")  # noqa: T201
     assert kind == "PeerLostError", (kind, text)
@@ -199,8 +249,8 @@ def test_link_cut_in_a_transfer_ends_the_pull(hosts: TwoHosts) -> None:
     assert found["new"]["equal"]
 
 
-def test_listeners_are_bound_to_the_nodes_address_only(hosts: TwoHosts) -> None:
-    found = scenario(hosts, "listeners")
+def test_listeners_are_bound_to_the_nodes_address_only(hosts: TwoHosts, driver: Driver) -> None:
+    found = driver.run("listeners")
     assert [host for host, _ in found["listeners"]] == [hosts.h1.address, hosts.h2.address]
     assert found["bound"] == [hosts.h1.address]
     assert found["own"] == 0
@@ -218,6 +268,7 @@ def test_lost_host_ends_pulls_and_frees_what_it_held() -> None:
         "RAY_health_check_failure_threshold": "2",
         "RAY_grpc_client_keepalive_time_ms": "2000",
         "RAY_grpc_client_keepalive_timeout_ms": "3000",
+        **worker.environment(),
     }
     with two_hosts(environment=health) as hosts, slow(hosts):
         with hosts.h1.start(DRIVERS, "host_lost") as program:

@@ -91,6 +91,29 @@ def test_a_block_returns_from_another_thread() -> None:  # MEM-1
     assert pool.idle_nbytes == MIB
 
 
+def test_a_tray_returns_with_the_last_of_its_tensors() -> None:  # MEM-1
+    pool = Pool(64 * MIB)
+    buffer = pool.tray(MIB)
+    assert buffer is not None
+    some = [
+        torch.frombuffer(buffer, dtype=torch.uint8, count=1000, offset=1000 * number)
+        for number in range(3)
+    ]
+    del buffer
+    address = some[0].data_ptr()
+    while some:
+        other = lent(pool)
+        assert other.data_ptr() != address, "MEM-1: a tensor of the tray lives"
+        del other
+        some.pop()
+    assert lent(pool).data_ptr() == address
+
+
+@pytest.mark.parametrize("nbytes", [MIB - 1, 8 * MIB + 1])
+def test_a_tray_is_as_large_as_what_the_pool_lends(nbytes: int) -> None:
+    assert Pool(8 * MIB).tray(nbytes) is None
+
+
 def test_many_threads_never_share_a_block() -> None:  # MEM-1
     pool = Pool(64 * MIB)
     wrong: list[str] = []

@@ -395,7 +395,6 @@ def test_seen_is_counted_for_known_exports(registry: Registry, leases: Leases) -
 
 async def read(registry: Registry, items: Sequence[Item], nbytes: int) -> bytes:
     async with registry.open(items, nbytes) as served:
-        await served.ready.wait()
         return b"".join(served.views)
 
 

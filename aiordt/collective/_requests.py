@@ -1,0 +1,221 @@
+"""Collectives on exported tensors: what a member does when somebody asks for one.
+
+Whoever has the refs tells every member which of its tensors take part; each such request is a
+lane of its own, so any number may be under way, from anywhere, in any order.
+
+Invariants:
+    REQ-1  A request that a member cannot take part in fails on all of them, by the exchange that
+           compares their calls: nothing has moved, and the group goes on.
+    REQ-2  Results that nobody fetches are dropped: when their asker says so, and when it is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from aiordt import _wire
+from aiordt._errors import AiordtError, GroupError, UsageError
+from aiordt._landing import dtype_of, unpack_plain
+from aiordt._leaves import as_array, as_tensor
+from aiordt._memory import raw_bytes
+from aiordt._progress import finish
+from aiordt._slices import view_of
+from aiordt._types import DTYPE_CODES, MIB
+from aiordt.collective._member import MemberGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aiordt._runtime import Runtime
+    from aiordt.collective._service import Membership
+
+#: Lanes of requests: above all tags.
+FIRST_LANE: Final = 1 << 62
+#: What a member answers: it has no such group; results by value; results to be fetched; the
+#: tensors that came are the results.
+GONE: Final = 0
+BY_VALUE: Final = 1
+KEPT: Final = 2
+IN_PLACE: Final = 3
+_COPY_ON_LOOP_NBYTES: Final = MIB
+
+
+class _Kept(NamedTuple):
+    """Results that wait to be fetched, and whose they are."""
+
+    peer_id: bytes
+    leaves: list[Any]
+
+
+class Request(NamedTuple):
+    """What a member is asked to do; travels as a list.
+
+    Attributes:
+        lane: Of this request, in all members.
+        kind: The collective.
+        op: The reduction.
+        root: The member that it is to or from; -1: none.
+        inplace: Whether results go into the tensors.
+        dim: Gathered tensors are stacked (``None``) or concatenated along it.
+        timeout: In seconds, after which the group ends.
+        brought: Its tensors: key, number, description and bytes by value of each; or ``None``.
+        wanted: Shape, dtype and flags of what a member that brings none gets.
+    """
+
+    lane: int
+    kind: str
+    op: str
+    root: int
+    inplace: bool
+    dim: int | None
+    timeout: float | None
+    brought: list[tuple[bytes, int, bytes, bytes | None]] | None
+    wanted: list[tuple[tuple[int, ...], int, int]]
+
+
+class Requests:
+    """The requests that this process serves. On the io loop, but for `take`."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._kept: dict[int, _Kept] = {}
+        self._askers: dict[int, bytes] = {}
+
+    async def serve(self, membership: Membership, body: Any, peer_id: bytes) -> object:  # noqa: ANN401
+        """Take part in a collective; what became of it."""
+        request = Request(*body)
+        self._askers[request.lane] = peer_id
+        try:
+            return await self._serve(MemberGroup(membership), request)
+        finally:
+            self._askers.pop(request.lane, None)
+
+    async def _serve(self, group: MemberGroup, request: Request) -> object:
+        with contextlib.ExitStack() as stack:
+            try:
+                leaves = await self._leaves(request, stack)
+            except AiordtError as exc:
+                with contextlib.suppress(UsageError):  # what all members raise
+                    await group.refuse(request.kind, str(exc), request.lane)  # REQ-1
+                raise exc.said(f"rank {group.rank}") from exc
+            found = await group._run(  # noqa: SLF001
+                request.kind,
+                leaves,
+                op=request.op,
+                root=request.root,
+                inplace=request.inplace or request.brought is None,
+                timeout=request.timeout,
+                lane=request.lane,
+            )
+        if request.inplace:
+            return [IN_PLACE]
+        if found is None:
+            return [BY_VALUE, []]
+        if request.kind in {"allgather", "gather"}:
+            found = await self._off_loop(found[0], lambda: _joined(found, request.dim))
+        return self._answer(request, found)
+
+    async def _leaves(self, request: Request, stack: contextlib.ExitStack) -> list[Any]:
+        """This member's tensors and arrays; held until the stack is unwound."""
+        if request.brought is None:
+            if request.kind == "scatter":
+                return []
+            made = [torch.empty(shape, dtype=dtype_of(code)) for shape, code, _ in request.wanted]
+            numpy = [bool(flags & _wire.FLAG_NUMPY) for _, _, flags in request.wanted]
+            return [as_array(t) if array else t for t, array in zip(made, numpy, strict=True)]
+        registry = self._runtime.registry
+        leaves: list[Any] = []
+        held = []
+        for key, number, packed, inline in request.brought:
+            meta = _wire.unpack_meta(packed)
+            if inline is not None:
+                part = unpack_plain(meta, inline)
+            else:
+                export, tensor = registry.local(key, number)
+                held.append(tensor)
+                if not export.ready.done():
+                    await export.ready.wait()  # DEV-1
+                part = view_of(tensor.detach(), meta)
+            leaves.append(as_array(part) if meta.flags & _wire.FLAG_NUMPY else part)
+        stack.enter_context(registry.holding(held))
+        return leaves
+
+    async def _off_loop(self, leaves: Sequence[Any], work: Callable[[], list[Any]]) -> list[Any]:
+        """Run ``work``, which copies these, on a worker thread if they are large."""
+        if sum(as_tensor(leaf).nbytes for leaf in leaves) <= _COPY_ON_LOOP_NBYTES:
+            return work()
+        return await finish(self._runtime.workers.run(work))
+
+    def _answer(self, request: Request, leaves: list[Any]) -> object:
+        tensors = [as_tensor(leaf) for leaf in leaves]
+        config = self._runtime.config
+        sizes = [tensor.nbytes for tensor in tensors]
+        small = max(sizes) <= config.inline_nbytes and sum(sizes) <= config.inline_result_nbytes
+        if not small or not all(tensor.is_cpu for tensor in tensors):
+            asker = self._askers.get(request.lane)
+            if asker is not None:
+                self._kept[request.lane] = _Kept(asker, leaves)
+            return [KEPT]
+        values = []
+        for leaf, tensor in zip(leaves, tensors, strict=True):
+            flags = _wire.FLAG_NUMPY if isinstance(leaf, np.ndarray) else 0
+            shape = tuple(tensor.shape)
+            meta = _wire.TensorMeta(DTYPE_CODES[tensor.dtype], flags, shape, None, 0)
+            values.append((_wire.pack_meta(meta), raw_bytes(tensor.contiguous())))
+        return [BY_VALUE, values]
+
+    def take(self, lane: int) -> list[Any]:
+        """The results of a request, once. Any thread.
+
+        Raises:
+            GroupError: They are not there.
+        """
+        kept = self._kept.pop(lane, None)
+        if kept is None:
+            raise GroupError("the results of this collective are not there (any more)")
+        return kept.leaves
+
+    def drop(self, lane: int) -> None:
+        """Nobody will fetch these."""
+        self._kept.pop(lane, None)
+
+    def forget(self, peer_id: bytes) -> None:
+        """An asker is gone (REQ-2)."""
+        for lane in [lane for lane, asker in self._askers.items() if asker == peer_id]:
+            del self._askers[lane]
+        for lane in [lane for lane, kept in self._kept.items() if kept.peer_id == peer_id]:
+            del self._kept[lane]
+
+
+def _joined(found: Sequence[Sequence[Any]], dim: int | None) -> list[Any]:
+    """What all ranks brought, tensor by tensor, as one along a dimension."""
+    joined = []
+    for leaves in zip(*found, strict=True):
+        tensors = [as_tensor(leaf) for leaf in leaves]
+        one = _as_one(tensors) if dim in {None, 0} else None
+        if one is None:
+            one = torch.stack(tensors) if dim is None else torch.cat(tensors, dim)
+        elif dim == 0:
+            one = one.flatten(0, 1)
+        joined.append(as_array(one) if isinstance(leaves[0], np.ndarray) else one)
+    return joined
+
+
+def _as_one(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Tensors that lie end to end in one storage, and fill it, stacked without a copy."""
+    first = tensors[0]
+    storage = first.untyped_storage()
+    step = first.numel()
+    ends = [first.data_ptr() + rank * first.nbytes for rank in range(len(tensors))]
+    if (
+        step == 0
+        or first.dim() == 0
+        or storage.nbytes() != len(tensors) * first.nbytes
+        or ends != [tensor.data_ptr() for tensor in tensors]
+    ):
+        return None
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
