@@ -209,9 +209,11 @@ class Mesh:
         for number, events in self._poll.poll(timeout):
             line = self._files.get(number)
             if line is None:
-                self._woken = False  # before looking, so that later jobs wake again
                 with suppress(BlockingIOError):
                     self._wake_reader.recv(64)
+                # After it, lest it takes the byte of a later wake-up that then is lost; before
+                # looking for jobs, so that later ones wake again.
+                self._woken = False
                 continue
             if events & select.EPOLLOUT:
                 self._flush(line)

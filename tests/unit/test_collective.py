@@ -43,7 +43,7 @@ from aiordt.testing import eventually
 from aiordt.transports.cma import CmaLink
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from aiordt.collective._steps import Steps
 
@@ -257,6 +257,32 @@ async def test_a_connection_that_ends_names_its_member() -> None:  # GRP-3
         made[1].mesh.close()  # without a word
         with pytest.raises(aiordt.GroupError, match=r"rank 1 \(member 1\) is gone"):
             await pending
+
+
+class Eager:
+    """A socket on which a byte more arrives just before it is read."""
+
+    def __init__(self, sock: socket.socket, before: Callable[[], None]) -> None:
+        self.sock = sock
+        self.before = before
+
+    def recv(self, nbytes: int) -> bytes:
+        self.before()
+        return self.sock.recv(nbytes)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+async def test_no_wake_up_is_lost() -> None:  # GRP-3
+    """Waking the thread at the moment at which it reads an earlier wake-up."""
+    async with engines(2) as made:
+        mesh = made[0].mesh
+        mesh._wake_reader = Eager(mesh._wake_reader, mesh.wake)  # type: ignore[assignment]
+        for _ in range(3):
+            done = threading.Event()
+            mesh.run(done.set)
+            assert await asyncio.to_thread(done.wait, 5)
 
 
 @pytest.mark.parametrize("garbage", [struct.pack("!I", 3), struct.pack("!I", 1 << 31) + bytes(60)])
