@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from aiordt.collective._engine import Engine
     from aiordt.collective._steps import Steps
 
+#: What Gloo has to end an operation, once its connections were cut.
+_GRACE_SECONDS: Final = 0.5
+#: Groups, and operations, that did not.
+_abandoned: Final[list[object]] = []
 #: Operations end when the group does.
 _FOREVER: Final = timedelta(days=365)
 _OPS: Final = {
@@ -271,6 +275,8 @@ class GlooMover(_GroupMover):
         super().__init__(engine)
         self._host = host
         self._timeout = timeout
+        self._lock = threading.Lock()
+        self._pending: set[Pending] = set()
         self._groups = {False: self._connect("gloo/")}
 
     def _connect(self, prefix: str) -> Any:  # noqa: ANN401
@@ -291,8 +297,18 @@ class GlooMover(_GroupMover):
         # What they told each other has a ``sockaddr`` in it: where each one listens.
         keys = [f"{prefix}0/{rank}" for rank in range(engine.size)]
         listening = engine.stored(keys, self._timeout)
-        engine.on_end(lambda: _cut(listening))
+        engine.on_end(lambda: self._end(listening))
         return group
+
+    def _end(self, listening: Sequence[bytes]) -> None:
+        """End what is pending; later operations are refused."""
+        with self._lock:
+            _cut(listening)
+            pending = list(self._pending)
+        for each in pending:
+            timer = threading.Timer(_GRACE_SECONDS, each.finish)
+            timer.daemon = True
+            timer.start()
 
     @override
     def _group(self, *, tagged: bool) -> Steps:
@@ -315,10 +331,19 @@ class GlooMover(_GroupMover):
 
     @override
     def _issue(self, start: Callable[[], Any]) -> Steps:
-        future = start().get_future()
         pending = Pending()
+        with self._lock:
+            self._engine.check()  # no operation begins after the connections were cut
+            future = start().get_future()
+            self._pending.add(pending)
         future.add_done_callback(lambda _: pending.finish())
         yield pending
+        self._pending.discard(pending)
+        if not future.done():
+            # Gloo may sleep for ever in an operation that was about to begin when its connections
+            # ended. Nothing comes any more, so nothing is written; but its thread is not joined.
+            _abandoned.append((self._groups, future))
+            self._engine.check()
         try:
             future.value()
         except RuntimeError as exc:

@@ -269,6 +269,7 @@ async def until_late(actor: Any) -> str:
     g = actor.group("g")
     t = torch.ones(1 << 21)
     await g.barrier()
+    actor.kept["going"] = True
     try:
         while True:
             await g.allreduce(t, "max", timeout=3)
@@ -279,6 +280,10 @@ async def until_late(actor: Any) -> str:
         return str(exc)
 
 
+async def is_going(actor: Any) -> bool:
+    return "going" in actor.kept
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_stopped_in_the_middle_of_a_transfer(nodes: Any, spawn: Any, backend: str) -> None:
     """What a backend cannot end by itself is ended for it: GRP-3, GRP-4."""
@@ -286,7 +291,7 @@ async def test_stopped_in_the_middle_of_a_transfer(nodes: Any, spawn: Any, backe
     await aiordt.create_group([*nodes[:2], victim], backend, "g", timeout=80)
     pid = await pid_of(victim)
     pending = [actor.run.remote(until_late) for actor in (*nodes[:2], victim)]
-    await eventually(lambda: nodes[0].run.remote(is_waiting, 1))
+    await eventually(lambda: nodes[0].run.remote(is_going))
     await asyncio.sleep(0.1)  # anywhere in it is fine
     os.kill(pid, signal.SIGSTOP)
     try:
