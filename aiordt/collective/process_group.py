@@ -10,12 +10,12 @@ import os
 import socket
 import struct
 import threading
+import time
 from abc import abstractmethod
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -276,7 +276,7 @@ class GlooMover(_GroupMover):
         self._host = host
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._pending: set[Pending] = set()
+        self._pending: dict[Pending, Any] = {}
         self._groups = {False: self._connect("gloo/")}
 
     def _connect(self, prefix: str) -> Any:  # noqa: ANN401
@@ -304,11 +304,11 @@ class GlooMover(_GroupMover):
         """End what is pending; later operations are refused."""
         with self._lock:
             _cut(listening)
-            pending = list(self._pending)
-        for each in pending:
-            timer = threading.Timer(_GRACE_SECONDS, each.finish)
-            timer.daemon = True
-            timer.start()
+            groups, self._groups = self._groups, {}
+            pending, self._pending = self._pending, {}
+        threading.Thread(
+            target=_let_go, args=(groups, pending), name="aiordt-gloo-end", daemon=True
+        ).start()
 
     @override
     def _group(self, *, tagged: bool) -> Steps:
@@ -335,14 +335,11 @@ class GlooMover(_GroupMover):
         with self._lock:
             self._engine.check()  # no operation begins after the connections were cut
             future = start().get_future()
-            self._pending.add(pending)
+            self._pending[pending] = future
         future.add_done_callback(lambda _: pending.finish())
         yield pending
-        self._pending.discard(pending)
+        self._pending.pop(pending, None)
         if not future.done():
-            # Gloo may sleep for ever in an operation that was about to begin when its connections
-            # ended. Nothing comes any more, so nothing is written; but its thread is not joined.
-            _abandoned.append((self._groups, future))
             self._engine.check()
         try:
             future.value()
@@ -364,16 +361,33 @@ class GlooMover(_GroupMover):
         raise InvalidTypeError(f"Gloo has no op={op!r} of {dtype_name(dtype)}")
 
 
+def _let_go(groups: dict[bool, Any], pending: dict[Pending, Any]) -> None:
+    """Destroy process groups, on a thread of its own: that waits for their threads.
+
+    Gloo may sleep for ever in an operation that was about to begin when its connections ended.
+    Nothing comes any more, so nothing is written: its caller need not wait, but such a group must
+    not be destroyed.
+    """
+    if pending:
+        time.sleep(_GRACE_SECONDS)
+        for each in pending:
+            each.finish()
+    if all(future.done() for future in pending.values()):
+        groups.clear()
+    else:
+        _abandoned.append((groups, pending))
+
+
 def _cut(listening: Sequence[bytes]) -> None:
     """End the connections of a Gloo group: it has no way to end what is pending by itself.
 
     They are found among all of this process by the addresses that its members listen at.
     """
-    for entry in list(Path("/proc/self/fd").iterdir()):
+    for number in os.listdir("/proc/self/fd"):
         with suppress(OSError, ValueError):
-            if not os.readlink(entry).startswith("socket:"):
+            if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
                 continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as sock:
+            with socket.socket(fileno=os.dup(int(number))) as sock:
                 if sock.family not in {socket.AF_INET, socket.AF_INET6}:
                     continue
                 for name in (sock.getsockname(), sock.getpeername()):
