@@ -7,6 +7,7 @@ which is used again when the last of a tray's tensors is gone.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -45,6 +46,52 @@ class _Shared(NamedTuple):
 
     group: Group
     flat: torch.Tensor
+
+
+class Plain(NamedTuple):
+    """What is known of refs of one result, all to whole tensors in host memory that share none.
+
+    Attributes:
+        metas: Of each ref.
+        sizes: Bytes of each.
+        shared: Whether they lie in shared memory.
+    """
+
+    metas: list[TensorMeta]
+    sizes: list[int]
+    shared: bool
+
+
+def plain(refs: Sequence[Pullable]) -> Plain | None:
+    """Whether these refs are such, as most state dicts are.
+
+    Cost:
+        ~0.5 µs a ref; 0.1 µs when the same refs come again.
+    """
+    header = refs[0].header
+    metas = [ref.meta for ref in refs]
+    known = header.plain
+    if (
+        isinstance(known, Plain)
+        and len(known.metas) == len(metas)
+        and all(map(operator.is_, known.metas, metas))
+    ):
+        return known
+    shared = metas[0].segment > 0
+    for ref, meta in zip(refs, metas, strict=True):
+        if (
+            ref.header is not header
+            or ref.inline is not None
+            or meta.stride is not None
+            or meta.device
+            or (meta.segment > 0) is not shared
+        ):
+            return None
+    sizes = [num_bytes(meta) for meta in metas]
+    if not all(sizes) or overlapping([meta.address for meta in metas], sizes):
+        return None
+    header.plain = found = Plain(metas, sizes, shared)
+    return found
 
 
 def extent_of(meta: TensorMeta) -> Extent:
