@@ -26,7 +26,18 @@ from aiordt._get import get
 from aiordt._ref import TensorRef
 from aiordt._types import Explanation, Owner, Stats, TransportStats
 from aiordt._wait import as_completed, explain, stats, wait, wait_tensor_freed
-from aiordt.collective import Group, create_group
+from aiordt.collective import (
+    Group,
+    allgather_refs,
+    allreduce_refs,
+    alltoall_refs,
+    broadcast_refs,
+    create_group,
+    gather_refs,
+    reduce_refs,
+    reducescatter_refs,
+    scatter_refs,
+)
 
 __version__ = "0.1.0"
 
@@ -53,15 +64,23 @@ __all__ = [
     "TransportStats",
     "UnavailableError",
     "UsageError",
+    "allgather_refs",
+    "allreduce_refs",
+    "alltoall_refs",
     "as_completed",
+    "broadcast_refs",
     "configure",
     "create_group",
     "empty",
     "empty_like",
     "explain",
+    "gather_refs",
     "get",
     "method",
     "put",
+    "reduce_refs",
+    "reducescatter_refs",
+    "scatter_refs",
     "stats",
     "wait",
     "wait_tensor_freed",

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -39,13 +41,28 @@ def test_quickstart(tmp_path: Path) -> None:
     ]
 
 
-def test_program_of_the_how_to_on_groups(tmp_path: Path) -> None:
-    page = (EXAMPLES.parent / "docs" / "how-to" / "groups.md").read_text(encoding="utf-8")
-    program = re.search(r"<!-- program -->\n```python\n(.*?)```", page, re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [("groups", "[1.0, 1.0, 1.0]"), ("collectives_on_refs", "[-1.0, -1.0, -1.0]")],
+)
+def test_program_of_a_how_to(tmp_path: Path, page: str, printed: str) -> None:
+    text = (EXAMPLES.parent / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    program = re.search(r"<!-- program -->\n```python\n(.*?)```", text, re.DOTALL)
     assert program is not None
     path = tmp_path / "program.py"
     path.write_text(program[1], encoding="utf-8")
-    assert "[1.0, 1.0, 1.0]" in run(str(path), cwd=tmp_path)
+    assert printed in run(str(path), cwd=tmp_path)
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    """The loss curve is that of a single process, to rounding, and the digits are learnt."""
+    output = run("data_parallel.py", "--workers", "2", "--steps", "60", cwd=tmp_path)
+    difference = re.search(r"largest difference of the losses: (\S+)", output)
+    assert difference is not None
+    assert float(difference[1]) < 1e-5, output
+    accuracy = re.search(r"accuracy (\S+), alone (\S+)", output)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.9, output
 
 
 def test_async_rl_quick(tmp_path: Path) -> None:
