@@ -12,17 +12,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 from typing_extensions import override
 
 from aiordt._device import layer
 from aiordt._errors import InvalidTypeError, InvalidValueError, ProtocolViolationError
-from aiordt._memory import view_memory
+from aiordt._memory import from_raw_bytes, view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
 from aiordt.collective._engine import UNTAGGED
-from aiordt.collective._kernels import reduce_pieces
+from aiordt.collective._kernels import array_of, reduce_arrays, reduce_pieces
 from aiordt.collective._rules import (
     CUTTING,
     FROM_ROOT,
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
     from aiordt.collective._bundle import Unit
     from aiordt.collective._steps import Steps
 
-#: Up to here the payload travels with the descriptor.
-INLINE_NBYTES: Final = 16 * KIB
+#: Up to here the payload travels with the descriptor, to each other member: in a large group less.
+_INLINE_NBYTES: Final = 64 * KIB
+_INLINE_TOTAL_NBYTES: Final = 128 * KIB
+_INLINE_LEAST_NBYTES: Final = 4 * KIB
 _LENGTH: Final = struct.Struct("!I")
 
 
@@ -115,7 +118,10 @@ class Call:
     @property
     def light(self) -> bool:
         """Whether it is one exchange and some arithmetic."""
-        return self.tensors is None or _is_inline(_bundle.specs_of(self.tensors), self.device.type)
+        if self.tensors is None:
+            return self.kind == "barrier"  # in a scatter, who brings nothing does not know
+        specs = _bundle.specs_of(self.tensors)
+        return _is_inline(specs, self.device.type, self.size)
 
     @override
     def __str__(self) -> str:
@@ -177,7 +183,7 @@ class Mover(ABC):
 def collective(call: Call, mover: Mover) -> Steps:
     """The steps of a collective; its outcome is what `_outcome` gives."""
     descriptor = call.descriptor()
-    inline = _is_inline(descriptor.specs, descriptor.device)
+    inline = _is_inline(descriptor.specs, descriptor.device, call.size)
     says = b""
     if inline and (call.kind not in FROM_ROOT or call.rank == call.root):
         says = _inlined(call)
@@ -194,7 +200,7 @@ def collective(call: Call, mover: Mover) -> Steps:
         raise ProtocolViolationError(f"{call.kind}: nobody brought a tensor")
     cutting = call.kind in CUTTING
     units = _bundle.plan(specs, call.size, cutting=cutting)
-    if _is_inline(specs, agreed.device):
+    if _is_inline(specs, agreed.device, call.size):
         buffers = [_buffers(call, unit) for unit in units]
         _move_inlined(call, buffers, tails)
         return _outcome(call, specs, agreed.extra, buffers)
@@ -215,11 +221,17 @@ def refusal(call: Call, error: str) -> Steps:
     agree([_split(each)[0] for each in heard])
 
 
-def _is_inline(specs: Sequence[Spec] | None, device: str) -> bool:
+def inline_nbytes(size: int) -> int:
+    """How many bytes travel with the descriptor in a group of this size."""
+    share = _INLINE_TOTAL_NBYTES // max(1, size - 1)
+    return max(_INLINE_LEAST_NBYTES, min(_INLINE_NBYTES, share))
+
+
+def _is_inline(specs: Sequence[Spec] | None, device: str, size: int) -> bool:
     return (
         specs is not None
         and device in {"", "cpu"}
-        and (sum(spec.nbytes for spec in specs) <= INLINE_NBYTES)
+        and sum(spec.nbytes for spec in specs) <= inline_nbytes(size)
     )
 
 
@@ -283,42 +295,37 @@ def _empty(call: Call, numel: int, dtype: torch.dtype) -> torch.Tensor:
 def _move_inlined(call: Call, buffers: Sequence[Buffers], tails: Sequence[bytes]) -> None:
     """Fill every ``out`` from what came with the descriptors."""
     start = 0
-    raw = [torch.frombuffer(bytearray(tail), dtype=torch.uint8) if tail else None for tail in tails]
     for each in buffers:
-        unit = each.unit
-        stop = start + unit.nbytes
-        if unit.nbytes and call.receives:
-            sources = [
-                each.out[:0] if bits is None else _typed(bits[start:stop], unit.dtype)
-                for bits in raw
-            ]
-            give(call, each, sources)
-        start = stop
+        if each.out.numel():
+            _give(call, each, tails, start)
+        start += each.unit.nbytes
 
 
-def _typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype)
+def _give(call: Call, each: Buffers, tails: Sequence[bytes], offset: int) -> None:
+    """Compute the ``out`` of a unit from the bytes that every rank brought.
 
-
-def give(call: Call, each: Buffers, sources: Sequence[torch.Tensor]) -> None:
-    """Compute the ``out`` of a unit from what every rank brought, all of it here."""
-    unit, out, rank = each.unit, each.out, call.rank
-    start, stop = unit.bounds[rank], unit.bounds[rank + 1]
-    if call.kind in REDUCING:
-        if call.kind == "reducescatter":
-            sources = [source[start:stop] for source in sources]
-        scratch = torch.empty(out.numel(), dtype=working_dtype(unit.dtype))
-        reduce_pieces(call.op, sources, out, scratch)
-    elif call.kind == "broadcast":
-        out.copy_(sources[call.root])
-    elif call.kind == "scatter":
-        out.copy_(sources[call.root][start:stop])
-    elif call.kind == "alltoall":
-        torch.cat([source[start:stop] for source in sources], out=out)
+    Args:
+        call: The call.
+        each: The unit.
+        tails: The bytes of all units, by rank.
+        offset: Where those of this unit begin.
+    """
+    unit, out, itemsize = each.unit, each.out, each.unit.dtype.itemsize
+    first, last = 0, unit.numel
+    if call.kind in CUTTING:
+        first, last = unit.bounds[call.rank], unit.bounds[call.rank + 1]
+    low, high = offset + first * itemsize, offset + last * itemsize
+    if call.kind not in REDUCING:
+        chosen = [tails[call.root]] if call.kind in FROM_ROOT else tails
+        target = view_memory(out.data_ptr(), out.nbytes, writable=True)
+        target[:] = b"".join([tail[low:high] for tail in chosen])
+    elif working_dtype(unit.dtype) is unit.dtype:
+        array = array_of(out)
+        sources = [np.frombuffer(tail, array.dtype, last - first, low) for tail in tails]
+        reduce_arrays(call.op, sources, array, None)
     else:
-        torch.cat(list(sources), out=out)
+        pieces = [from_raw_bytes(tail[low:high], out.shape, out.dtype) for tail in tails]
+        reduce_pieces(call.op, pieces, out, torch.empty(out.numel()))
 
 
 def _outcome(

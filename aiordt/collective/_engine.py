@@ -11,7 +11,7 @@ Invariants:
            timed out or failed, or with `ClosedError` once the group was closed.
     GRP-4  A call raises only after its operation has stopped touching its tensors; only a
            cancelled caller leaves earlier, and the operation then keeps them until it ends.
-    GRP-5  All members are told the same reason for the end of their group.
+    GRP-5  Whoever ends a group tells all others why, and they pass it on.
 """
 
 from __future__ import annotations
@@ -380,6 +380,8 @@ class Engine(Listener):
 
     @override
     def deadline(self) -> float | None:
+        if not self._deadlines:
+            return None
         with self._lock:
             while self._deadlines and not self._is_late(self._deadlines[0][2]):
                 heapq.heappop(self._deadlines)
@@ -406,7 +408,9 @@ class Engine(Listener):
             _, _, operation = self._deadlines[0]
             arrived = self._arrived.get(operation.key, {})
             late = [other for other in operation.others if not arrived.get(other)]
-        missing = ", ".join(map(self.label, late)) or "no member"
+            if not operation.waiting:
+                late = []
+        missing = ", ".join(map(self.label, late)) or "its transfers"
         why = f"{operation.name} timed out on rank {self.rank}, waiting for {missing}"
         self.end(Ended(closed=False, why=self.said(why)))
 

@@ -51,7 +51,7 @@ def reduce_pieces(
         scratch: As many elements of `working_dtype`, which are overwritten.
     """
     if scratch.dtype is out.dtype:
-        _reduce_numpy(op, [*map(_array, sources)], _array(out), _array(scratch))
+        reduce_arrays(op, [*map(array_of, sources)], array_of(out), array_of(scratch))
         return
     for start in range(0, out.numel(), _GRAIN):
         stop = start + _GRAIN
@@ -59,23 +59,25 @@ def reduce_pieces(
         _reduce_wide(op, pieces, out[start:stop], scratch[start:stop])
 
 
-def _array(flat: torch.Tensor) -> Array:
+def array_of(flat: torch.Tensor) -> Array:
     """Its memory as an array. Not ``flat.numpy()``, after which it could never be resized."""
     dtype = torch.empty(0, dtype=flat.dtype).numpy().dtype
     return np.frombuffer(view_memory(flat.data_ptr(), flat.nbytes, writable=True), dtype=dtype)
 
 
-def _reduce_numpy(op: str, sources: Sequence[Array], out: Array, scratch: Array) -> None:
+def reduce_arrays(op: str, sources: Sequence[Array], out: Array, scratch: Array | None) -> None:
+    """As `reduce_pieces`; without ``scratch``, with new memory."""
     function: Any = _NUMPY[op]
     total = sources[0]
     last = len(sources) - 1
-    for number in range(1, last + 1):
-        # Only the last step may write to ``out``: a source that is still needed may be there.
-        total = function(total, sources[number], out=out if number == last else scratch)
-    if last == 0 and not np.may_share_memory(out, total):
-        np.copyto(out, total)
-    if op == "avg":
-        np.divide(out, len(sources), out=out)
+    with np.errstate(all="ignore"):  # as PyTorch: an overflow is no warning
+        for number in range(1, last + 1):
+            # Only the last step may write to ``out``: it may be a source that is still needed.
+            total = function(total, sources[number], out=out if number == last else scratch)
+        if op == "avg":
+            np.divide(total, len(sources), out=out)
+        elif last == 0 and not np.may_share_memory(out, total):
+            np.copyto(out, total)
 
 
 def _reduce_wide(

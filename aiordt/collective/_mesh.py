@@ -8,7 +8,7 @@ until something arrives, and acts on it.
 from __future__ import annotations
 
 import logging
-import selectors
+import select
 import socket
 import struct
 import threading
@@ -110,13 +110,18 @@ class Mesh:
         self._closing = False
         self._ended = False
         self._buffer = bytearray(_RECEIVE_NBYTES)
-        self._selector = selectors.DefaultSelector()
+        self._poll = select.epoll()
+        self._files: dict[int, _Line | None] = {}
         for sock in (self._wake_reader, self._wake_writer, *socks.values()):
             sock.settimeout(0)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
+        self._watch(self._wake_reader, None)
         for line in self._lines.values():
-            self._selector.register(line.sock, selectors.EVENT_READ, line)
+            self._watch(line.sock, line)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _watch(self, sock: socket.socket, line: _Line | None) -> None:
+        self._files[sock.fileno()] = line
+        self._poll.register(sock, select.EPOLLIN)
 
     def start(self, listener: Listener) -> None:
         """Read until closed."""
@@ -190,7 +195,7 @@ class Mesh:
                 self._flush(line)
                 line.close()
             self._lines = {}
-            self._selector.close()
+            self._poll.close()
             with self._jobs_lock:
                 self._ended = True
             while self._jobs:
@@ -201,16 +206,16 @@ class Mesh:
 
     def turn(self, timeout: float | None) -> None:
         """Sleep until something happens, and act on it. On the thread."""
-        for key, events in self._selector.select(timeout):
-            line: _Line | None = key.data
+        for number, events in self._poll.poll(timeout):
+            line = self._files.get(number)
             if line is None:
                 self._woken = False  # before looking, so that later jobs wake again
                 with suppress(BlockingIOError):
                     self._wake_reader.recv(64)
                 continue
-            if events & selectors.EVENT_WRITE:
+            if events & select.EPOLLOUT:
                 self._flush(line)
-            if events & selectors.EVENT_READ:
+            if events & ~select.EPOLLOUT:
                 self._read(line)
         while self._jobs:
             self._jobs.popleft()()
@@ -223,8 +228,7 @@ class Mesh:
             if self._ended:
                 return
             line.waiting = True
-            both = selectors.EVENT_READ | selectors.EVENT_WRITE
-            self._selector.modify(line.sock, both, line)
+            self._poll.modify(line.sock, select.EPOLLIN | select.EPOLLOUT)
 
     def _flush(self, line: _Line) -> None:
         with line.lock:
@@ -242,7 +246,7 @@ class Mesh:
                 line.outgoing.popleft()
             if line.waiting:
                 line.waiting = False
-                self._selector.modify(line.sock, selectors.EVENT_READ, line)
+                self._poll.modify(line.sock, select.EPOLLIN)
 
     def _read(self, line: _Line) -> None:
         try:
@@ -283,6 +287,7 @@ class Mesh:
     def _drop(self, line: _Line, why: str) -> None:
         if self._lines.pop(line.rank, None) is None:
             return
-        self._selector.unregister(line.sock)
+        self._files.pop(line.sock.fileno(), None)
+        self._poll.unregister(line.sock)
         line.close()
         self._listener.lost(line.rank, why)

@@ -16,7 +16,6 @@ from aiordt._errors import OwnerDiedError, UsageError
 from aiordt._memory import view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
-from aiordt.collective._call import INLINE_NBYTES
 from aiordt.collective._rules import Descriptor, agree
 from aiordt.collective._steps import Step
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 _LENGTH: Final = struct.Struct("!I")
 _ADDRESS: Final = struct.Struct("!Q")
+#: Up to here the payload is sent with its description.
+INLINE_NBYTES: Final = 16 * KIB
 _PIECE_NBYTES: Final = 512 * KIB
 _CHUNK_NBYTES: Final = 4 * MIB
 _DONE: Final = b"d"

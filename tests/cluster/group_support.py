@@ -19,15 +19,15 @@ DTYPES = [
     torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16, torch.uint32, torch.uint64,
     torch.complex64, torch.complex128, torch.float8_e5m2,
 ]  # fmt: skip
-#: Nothing; less than a rank each; inline for all dtypes; over `INLINE_NBYTES` for all.
-SIZES = [0, 1, 7, 20_011]
+#: Nothing; less than a rank each; inline; by the backend.
+SIZES = [0, 1, 7, 70_000]
 
 
 @asynccontextmanager
 async def grouped(
     actors: Sequence[Any], backend: str = "auto", name: str = "g"
 ) -> AsyncIterator[aiordt.Group]:
-    async with await aiordt.create_group(actors, backend, name) as group:
+    async with await aiordt.create_group(actors, backend, name, timeout=80) as group:
         yield group
 
 
@@ -52,6 +52,11 @@ async def _outcome(actor: Any, function: Callable[..., Any], *args: Any) -> str:
     except aiordt.AiordtError as exc:
         return f"{type(exc).__name__}: {exc}"
     return "ok"
+
+
+def elements(size: int, dtype: torch.dtype) -> int:
+    """Of a small size, so many; of a large one, an odd number of so many bytes in all."""
+    return size if size < 10 else size // dtype.itemsize + 11
 
 
 def brought(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -34,7 +34,7 @@ async def wait_for_peers(actor: Any, calls: list[str]) -> list[tuple[str, float]
         "small": lambda: g.allreduce(torch.ones(3)),
         "large": lambda: g.allreduce(large),
         "tagged": lambda: g.allreduce(torch.ones(1 << 16), tag=7),
-        "gather": lambda: g.allgather(torch.ones(9000), tag=8),
+        "gather": lambda: g.allgather(torch.ones(20_000), tag=8),
         "recv": lambda: g.recv(torch.ones(9), 2),
         "send": lambda: g.send(torch.ones(9000), 2),
         "barrier": lambda: g.barrier(tag=9),
@@ -263,6 +263,38 @@ async def test_nothing_is_left_of_a_group(nodes: Any) -> None:
         return all(fd <= fd_before and n <= n_before for (fd, n), (fd_before, n_before) in pairs)
 
     await eventually(back, what="descriptors and threads are given back")
+
+
+async def until_late(actor: Any) -> str:
+    g = actor.group("g")
+    t = torch.ones(1 << 21)
+    await g.barrier()
+    try:
+        while True:
+            await g.allreduce(t, "max", timeout=3)
+    except aiordt.AiordtError as exc:
+        before = t.fill_(5).clone()
+        await asyncio.sleep(0.1)
+        assert torch.equal(t, before), "GRP-4: written to after the call had raised"
+        return str(exc)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_stopped_in_the_middle_of_a_transfer(nodes: Any, spawn: Any, backend: str) -> None:
+    """What a backend cannot end by itself is ended for it: GRP-3, GRP-4."""
+    victim = spawn()
+    await aiordt.create_group([*nodes[:2], victim], backend, "g", timeout=80)
+    pid = await pid_of(victim)
+    pending = [actor.run.remote(until_late) for actor in (*nodes[:2], victim)]
+    await eventually(lambda: nodes[0].run.remote(is_waiting, 1))
+    await asyncio.sleep(0.1)  # anywhere in it is fine
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for text in await asyncio.wait_for(asyncio.gather(*pending[:2]), 30):
+            assert "timed out on rank" in text
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "group 'g'" in await pending[2]
 
 
 async def test_a_member_that_stops_is_named(nodes: Any, spawn: Any) -> None:

@@ -240,7 +240,7 @@ async def test_beside_the_default_group_of_torch(nodes: Any, tmp_path: Any) -> N
 
         await asyncio.to_thread(enter)
         g = actor.group("g")
-        ours, theirs = torch.ones(9000), torch.ones(9000)
+        ours, theirs = torch.ones(20_000), torch.ones(20_000)
         await asyncio.gather(g.allreduce(ours), asyncio.to_thread(dist.all_reduce, theirs))
         dist.destroy_process_group()
         await g.allreduce(ours)

@@ -7,8 +7,10 @@ GRP-3: every call ends. GRP-5: all are told the same reason.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,9 @@ from typing_extensions import override
 
 import aiordt
 from aiordt._errors import ProtocolViolationError
+from aiordt._progress import Workers
 from aiordt.collective import _bundle, _call, _message
+from aiordt.collective._direct import DirectMover
 from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, Engine
 from aiordt.collective._kernels import reduce_pieces
 from aiordt.collective._mesh import Mesh
@@ -36,6 +40,7 @@ from aiordt.collective._rules import (
 )
 from aiordt.collective._steps import Ended, Step
 from aiordt.testing import eventually
+from aiordt.transports.cma import CmaLink
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -285,6 +290,52 @@ async def test_a_peer_that_does_not_read_stops_nobody() -> None:
                 assert float((await allreduced(made[1], torch.full((4000,), 1.0)))[0]) == n + 1
 
         await asyncio.wait_for(asyncio.gather(first(), second()), 20)
+
+
+class Held(CmaLink):
+    """Reads this very process, but not before it may."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        super().__init__(os.getpid(), os.pidfd_open(os.getpid()), name="us", workers=Workers("", 1))
+        self.gate = gate
+
+    @override
+    def copy(self, address: int, target: int, nbytes: int) -> None:
+        self.gate.wait(10)
+        super().copy(address, target, nbytes)
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "allreduce", "allgather"])
+async def test_nobody_leaves_before_all_have_read(kind: str) -> None:  # OWN-1
+    numel = 50_000
+    async with engines(2) as made:
+        gate = threading.Event()
+        movers = [
+            DirectMover(made[0], {1: Held(set_already())}),
+            DirectMover(made[1], {0: Held(gate)}),
+        ]
+        tensors = [torch.full((numel,), float(rank)) for rank in range(2)]
+
+        def start(rank: int) -> asyncio.Task[Any]:
+            op, root = ("sum", -1) if kind == "allreduce" else ("", -1)
+            root = 0 if kind == "broadcast" else root
+            call = _call.Call(kind, rank, 2, op, root, tensors=[tensors[rank]])
+            steps = _call.collective(call, movers[rank])
+            return asyncio.ensure_future(made[rank].call(call, steps))
+
+        first, second = start(0), start(1)
+        done, _ = await asyncio.wait({first, second}, timeout=0.1)
+        assert not done, "rank 1 has not read yet"
+        gate.set()
+        await asyncio.wait_for(asyncio.gather(first, second), 10)
+        if kind != "allgather":
+            assert float(tensors[1][-1]) == {"broadcast": 0.0, "allreduce": 1.0}[kind]
+
+
+def set_already() -> threading.Event:
+    gate = threading.Event()
+    gate.set()
+    return gate
 
 
 async def test_messages_by_pieces() -> None:
