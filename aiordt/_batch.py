@@ -54,12 +54,12 @@ class Plain(NamedTuple):
     Attributes:
         metas: Of each ref.
         sizes: Bytes of each.
-        shared: Whether they lie in shared memory.
+        segments: The owner's shared segments that they are in; 0: in none.
     """
 
     metas: list[TensorMeta]
     sizes: list[int]
-    shared: bool
+    segments: frozenset[int]
 
 
 def plain(refs: Sequence[Pullable]) -> Plain | None:
@@ -90,7 +90,8 @@ def plain(refs: Sequence[Pullable]) -> Plain | None:
     sizes = [num_bytes(meta) for meta in metas]
     if not all(sizes) or overlapping([meta.address for meta in metas], sizes):
         return None
-    header.plain = found = Plain(metas, sizes, shared)
+    segments = frozenset(meta.segment for meta in metas)
+    header.plain = found = Plain(metas, sizes, segments)
     return found
 
 
@@ -143,7 +144,7 @@ def parcels(ties: Ties, places: Sequence[int], sizes: Sequence[int], limit: int)
         sizes: Bytes of all refs.
         limit: In bytes; what is larger by itself makes a batch of its own.
     """
-    if sum(sizes[place] for place in places) <= limit:
+    if len(places) == len(sizes) and sum(sizes) <= limit:
         return [list(places)]
     unit_of = {place: unit for unit in ties.units for place in unit}
     batches: list[list[int]] = [[]]
@@ -177,6 +178,7 @@ class Batch:
         refs: As given.
         sizes: As given.
         nbytes: Bytes that move, of what has been prepared.
+        segments: The owner's shared segments that they are in, if that is known.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class Batch:
     ) -> None:
         self.refs = refs
         self.sizes = sizes
+        self.segments: frozenset[int] = frozenset()
         self._into = into
         self._dtype = dtype
         self._results: list[Any] = [None] * len(refs)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from aiordt import _device, _ray
-from aiordt._batch import Batch, parcels, plain, tied, unpack_tied
+from aiordt._batch import Batch, Plain, parcels, plain, tied, unpack_tied
 from aiordt._errors import (
     ClosedError,
     OwnerDiedError,
@@ -82,6 +82,7 @@ class _Wanted(NamedTuple):
         sizes: Bytes of each.
         ties: Which of them share memory.
         headers: Of the results that they are of.
+        known: What is known of them all.
     """
 
     places: Sequence[int]
@@ -89,6 +90,7 @@ class _Wanted(NamedTuple):
     sizes: Sequence[int]
     ties: Ties
     headers: Sequence[Header]
+    known: Plain | None = None
 
 
 class Puller:
@@ -214,7 +216,8 @@ class Puller:
                 transport, link = await self.reached(first.header, finding)
                 asking = self.routes.wait_ready(wanted.headers)
                 await self.reached(first.header, asking)  # DEV-1
-                check_reach(transport, link, [wanted.refs[number] for number in numbers])
+                if wanted.known is None:
+                    check_reach(transport, link, [wanted.refs[number] for number in numbers])
             limit = self.config.max_in_flight_bytes
             for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
                 batch = Batch(
@@ -224,6 +227,8 @@ class Puller:
                     None if into is None else [into[wanted.places[number]] for number in some],
                     dtype if link.packs else None,
                 )
+                if wanted.known is not None:
+                    batch.segments = wanted.known.segments
                 with naming(batch.refs[0], name, len(some)):
                     tensors = await self._pull_batch(batch, transport, link, shared=forced is None)
                 for number, tensor in zip(some, tensors, strict=True):
@@ -234,11 +239,11 @@ class Puller:
         jobs = []
         if known is not None and header.address.runtime_id != self.address.runtime_id:
             everything = range(len(refs))
-            wanted = _Wanted(everything, refs, known.sizes, UNTIED, [header])
+            wanted = _Wanted(everything, refs, known.sizes, UNTIED, [header], known)
             forced = transport or header.transport
             with naming(refs[0], name):
                 self.check_shared(refs[0], forced)
-            suited = self.suited(refs[0]) if forced is None and known.shared else None
+            suited = self.suited(refs[0]) if forced is None and 0 not in known.segments else None
             jobs.append(pull_by(forced, suited, wanted, everything))
         else:
             sizes = [num_bytes(ref.meta) for ref in refs]
@@ -405,7 +410,8 @@ class Puller:
         """Read a batch; ``shared``: with neighbours, if its owner is on another host."""
         coming = batch.land(self.pool)
         if isinstance(link, DrawingLink) and sum(batch.sizes) > link.nowait_nbytes:
-            await link.read_drawn(coming, {ref.meta.segment for ref in batch.refs})
+            segments = batch.segments or {ref.meta.segment for ref in batch.refs}
+            await link.read_drawn(coming, segments)
             self.counters.pulled(name, len(batch.refs), batch.nbytes)
             return
         if len(batch.refs) > _LAND_ON_LOOP_COUNT:
