@@ -216,10 +216,11 @@ class Batch:
         plain = self._into is None and self._dtype is None
         tray: list[int] = []
         room = _TRAY_NBYTES
-        for place, (ref, size) in enumerate(zip(self.refs, self.sizes, strict=True)):
-            if place in self._apart:
+        sizes, apart = self.sizes, self._apart
+        for place, ref in enumerate(self.refs):
+            if place in apart:
                 continue
-            meta = ref.meta
+            meta, size = ref.meta, sizes[place]
             if (
                 plain
                 and size < MIN_BLOCK
@@ -247,34 +248,33 @@ class Batch:
         self.nbytes += landing.part.nbytes
         return landing.part
 
-    def _land_on_tray(self, places: list[int], pool: Pool) -> list[Part]:
+    def _land_on_tray(self, places: Sequence[int], pool: Pool) -> list[Part]:
         refs, sizes, results = self.refs, self.sizes, self._results
-        need = sum(-(-sizes[place] // ALIGNMENT) * ALIGNMENT for place in places)
-        buffer = pool.tray(need)
+        offsets = []
+        end = 0
+        for place in places:
+            offsets.append(end)
+            end += -(-sizes[place] // ALIGNMENT) * ALIGNMENT
+        buffer = pool.tray(end)
         if buffer is None:
             return [self._land_alone(place, pool) for place in places]
-        frombuffer = torch.frombuffer
-        flat = frombuffer(buffer, dtype=torch.uint8, count=need)
+        frombuffer, make = torch.frombuffer, Part  # hot: a state dict may have 10,000 tensors
+        flat = frombuffer(buffer, dtype=torch.uint8, count=end)
         base = flat.data_ptr()
-        offset = 0
         parts = []
-        for place in places:
+        for place, offset in zip(places, offsets, strict=True):
             ref, size = refs[place], sizes[place]
             meta = ref.meta
             code, shape = meta.dtype, meta.shape
-            tensor = frombuffer(
-                buffer,
-                dtype=DTYPES[code] or dtype_of(code),
-                count=size // ITEMSIZES[code],
-                offset=offset,
-            )
+            dtype = DTYPES[code] or dtype_of(code)
+            count = size // ITEMSIZES[code]
+            tensor = frombuffer(buffer, dtype=dtype, count=count, offset=offset)
             results[place] = tensor if len(shape) == 1 else tensor.resize_(shape)
             key, target = ref.header.key, base + offset
             parts.append(
-                Part(key, ref.index, meta.address, target, size, None, meta.segment, "cpu", flat)
+                make(key, ref.index, meta.address, target, size, None, meta.segment, "cpu", flat)
             )
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        self.nbytes += sum(part.nbytes for part in parts)
+            self.nbytes += size
         return parts
 
     def _land_shared(self, group: Group, pool: Pool) -> Iterator[Part]:
