@@ -7,6 +7,7 @@ which is used again when the last of a tray's tensors is gone.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -45,6 +46,53 @@ class _Shared(NamedTuple):
 
     group: Group
     flat: torch.Tensor
+
+
+class Plain(NamedTuple):
+    """What is known of refs of one result, all to whole tensors in host memory that share none.
+
+    Attributes:
+        metas: Of each ref.
+        sizes: Bytes of each.
+        segments: The owner's shared segments that they are in; 0: in none.
+    """
+
+    metas: list[TensorMeta]
+    sizes: list[int]
+    segments: frozenset[int]
+
+
+def plain(refs: Sequence[Pullable]) -> Plain | None:
+    """Whether these refs are such, as most state dicts are.
+
+    Cost:
+        ~0.5 µs a ref; 0.1 µs when the same refs come again.
+    """
+    header = refs[0].header
+    metas = [ref.meta for ref in refs]
+    known = header.plain
+    if (
+        isinstance(known, Plain)
+        and len(known.metas) == len(metas)
+        and all(map(operator.is_, known.metas, metas))
+    ):
+        return known
+    shared = metas[0].segment > 0
+    for ref, meta in zip(refs, metas, strict=True):
+        if (
+            ref.header is not header
+            or ref.inline is not None
+            or meta.stride is not None
+            or meta.device
+            or (meta.segment > 0) is not shared
+        ):
+            return None
+    sizes = [num_bytes(meta) for meta in metas]
+    if not all(sizes) or overlapping([meta.address for meta in metas], sizes):
+        return None
+    segments = frozenset(meta.segment for meta in metas)
+    header.plain = found = Plain(metas, sizes, segments)
+    return found
 
 
 def extent_of(meta: TensorMeta) -> Extent:
@@ -96,7 +144,7 @@ def parcels(ties: Ties, places: Sequence[int], sizes: Sequence[int], limit: int)
         sizes: Bytes of all refs.
         limit: In bytes; what is larger by itself makes a batch of its own.
     """
-    if sum(sizes[place] for place in places) <= limit:
+    if len(places) == len(sizes) and sum(sizes) <= limit:
         return [list(places)]
     unit_of = {place: unit for unit in ties.units for place in unit}
     batches: list[list[int]] = [[]]
@@ -130,6 +178,7 @@ class Batch:
         refs: As given.
         sizes: As given.
         nbytes: Bytes that move, of what has been prepared.
+        segments: The owner's shared segments that they are in, if that is known.
     """
 
     def __init__(
@@ -142,6 +191,7 @@ class Batch:
     ) -> None:
         self.refs = refs
         self.sizes = sizes
+        self.segments: frozenset[int] = frozenset()
         self._into = into
         self._dtype = dtype
         self._results: list[Any] = [None] * len(refs)
@@ -166,10 +216,11 @@ class Batch:
         plain = self._into is None and self._dtype is None
         tray: list[int] = []
         room = _TRAY_NBYTES
-        for place, (ref, size) in enumerate(zip(self.refs, self.sizes, strict=True)):
-            if place in self._apart:
+        sizes, apart = self.sizes, self._apart
+        for place, ref in enumerate(self.refs):
+            if place in apart:
                 continue
-            meta = ref.meta
+            meta, size = ref.meta, sizes[place]
             if (
                 plain
                 and size < MIN_BLOCK
@@ -197,34 +248,33 @@ class Batch:
         self.nbytes += landing.part.nbytes
         return landing.part
 
-    def _land_on_tray(self, places: list[int], pool: Pool) -> list[Part]:
+    def _land_on_tray(self, places: Sequence[int], pool: Pool) -> list[Part]:
         refs, sizes, results = self.refs, self.sizes, self._results
-        need = sum(-(-sizes[place] // ALIGNMENT) * ALIGNMENT for place in places)
-        buffer = pool.tray(need)
+        offsets = []
+        end = 0
+        for place in places:
+            offsets.append(end)
+            end += -(-sizes[place] // ALIGNMENT) * ALIGNMENT
+        buffer = pool.tray(end)
         if buffer is None:
             return [self._land_alone(place, pool) for place in places]
-        frombuffer = torch.frombuffer
-        flat = frombuffer(buffer, dtype=torch.uint8, count=need)
+        frombuffer, make = torch.frombuffer, Part  # hot: a state dict may have 10,000 tensors
+        flat = frombuffer(buffer, dtype=torch.uint8, count=end)
         base = flat.data_ptr()
-        offset = 0
         parts = []
-        for place in places:
+        for place, offset in zip(places, offsets, strict=True):
             ref, size = refs[place], sizes[place]
             meta = ref.meta
             code, shape = meta.dtype, meta.shape
-            tensor = frombuffer(
-                buffer,
-                dtype=DTYPES[code] or dtype_of(code),
-                count=size // ITEMSIZES[code],
-                offset=offset,
-            )
+            dtype = DTYPES[code] or dtype_of(code)
+            count = size // ITEMSIZES[code]
+            tensor = frombuffer(buffer, dtype=dtype, count=count, offset=offset)
             results[place] = tensor if len(shape) == 1 else tensor.resize_(shape)
             key, target = ref.header.key, base + offset
             parts.append(
-                Part(key, ref.index, meta.address, target, size, None, meta.segment, "cpu", flat)
+                make(key, ref.index, meta.address, target, size, None, meta.segment, "cpu", flat)
             )
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        self.nbytes += sum(part.nbytes for part in parts)
+            self.nbytes += size
         return parts
 
     def _land_shared(self, group: Group, pool: Pool) -> Iterator[Part]:

@@ -47,6 +47,7 @@ class Header:
         transport: The transport that the exporter demanded, if any.
         pending: Whether a device of the owner may still be making the tensors.
         noted: Whether the owner was told that this process pulled.
+        plain: What `aiordt._batch.plain` found of the refs that were pulled last.
     """
 
     session: object
@@ -57,6 +58,7 @@ class Header:
     transport: str | None
     pending: bool = False
     noted: bool = False
+    plain: object = None
 
 
 class Pullable(Protocol):

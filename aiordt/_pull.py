@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from aiordt import _device, _ray
-from aiordt._batch import Batch, parcels, tied, unpack_tied
+from aiordt._batch import Batch, Plain, parcels, plain, tied, unpack_tied
 from aiordt._errors import (
     ClosedError,
     OwnerDiedError,
@@ -38,6 +38,7 @@ from aiordt._leaves import as_array
 from aiordt._metrics import phase
 from aiordt._progress import finish, run_all
 from aiordt._route import NOT_SHARED
+from aiordt._sharing import UNTIED
 from aiordt._slices import view_of
 from aiordt._types import MIB
 from aiordt.abc import DrawingLink
@@ -80,12 +81,16 @@ class _Wanted(NamedTuple):
         refs: The refs.
         sizes: Bytes of each.
         ties: Which of them share memory.
+        headers: Of the results that they are of.
+        known: What is known of them all.
     """
 
-    places: list[int]
-    refs: list[Pullable]
-    sizes: list[int]
+    places: Sequence[int]
+    refs: Sequence[Pullable]
+    sizes: Sequence[int]
     ties: Ties
+    headers: Sequence[Header]
+    known: Plain | None = None
 
 
 class Puller:
@@ -200,23 +205,19 @@ class Puller:
         leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
         self._inline_nbytes = 0
         await asyncio.sleep(0)
-        sizes = [num_bytes(ref.meta) for ref in refs]
-        results, owners = self._sort(refs, sizes, transport, name)
-        if into is not None:
-            for index, result in enumerate(results):
-                if result is not None:
-                    results[index] = await self._copied(refs[index], into[index], result)
+        results: list[Any] = [None] * len(refs)
 
         async def pull_by(
-            forced: str | None, suited: str | None, wanted: _Wanted, numbers: list[int]
+            forced: str | None, suited: str | None, wanted: _Wanted, numbers: Sequence[int]
         ) -> None:
             first = wanted.refs[numbers[0]]
             with naming(first, name, len(numbers)):
                 finding = self.find(first.header, forced, suited)
                 transport, link = await self.reached(first.header, finding)
-                asking = self.routes.wait_ready([wanted.refs[each].header for each in numbers])
+                asking = self.routes.wait_ready(wanted.headers)
                 await self.reached(first.header, asking)  # DEV-1
-                check_reach(transport, link, [wanted.refs[number] for number in numbers])
+                if wanted.known is None:
+                    check_reach(transport, link, [wanted.refs[number] for number in numbers])
             limit = self.config.max_in_flight_bytes
             for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
                 batch = Batch(
@@ -226,19 +227,39 @@ class Puller:
                     None if into is None else [into[wanted.places[number]] for number in some],
                     dtype if link.packs else None,
                 )
+                if wanted.known is not None:
+                    batch.segments = wanted.known.segments
                 with naming(batch.refs[0], name, len(some)):
                     tensors = await self._pull_batch(batch, transport, link, shared=forced is None)
                 for number, tensor in zip(some, tensors, strict=True):
                     results[wanted.places[number]] = tensor
 
+        header = refs[0].header
+        known = plain(refs) if len(refs) > 1 else None
         jobs = []
-        for (_, forced), places in owners.items():
-            some = [refs[place] for place in places]
-            some_sizes = [sizes[place] for place in places]
-            ties = tied(some, some_sizes, apart=into is not None)
-            wanted = _Wanted(places, some, some_sizes, ties)
-            for suited, numbers in self._ways(wanted, forced).items():
-                jobs.append(pull_by(forced, suited, wanted, numbers))
+        if known is not None and header.address.runtime_id != self.address.runtime_id:
+            everything = range(len(refs))
+            wanted = _Wanted(everything, refs, known.sizes, UNTIED, [header], known)
+            forced = transport or header.transport
+            with naming(refs[0], name):
+                self.check_shared(refs[0], forced)
+            suited = self.suited(refs[0]) if forced is None and 0 not in known.segments else None
+            jobs.append(pull_by(forced, suited, wanted, everything))
+        else:
+            sizes = [num_bytes(ref.meta) for ref in refs]
+            owners = self._sort(refs, sizes, transport, name, results)
+            if into is not None:
+                for index, result in enumerate(results):
+                    if result is not None:
+                        results[index] = await self._copied(refs[index], into[index], result)
+            for (_, forced), places in owners.items():
+                some = [refs[place] for place in places]
+                some_sizes = [sizes[place] for place in places]
+                ties = tied(some, some_sizes, apart=into is not None)
+                headers = [ref.header for ref in some]
+                wanted = _Wanted(places, some, some_sizes, ties, headers)
+                for suited, numbers in self._ways(wanted, forced).items():
+                    jobs.append(pull_by(forced, suited, wanted, numbers))
         if jobs:
             await run_all(jobs)
         del leases
@@ -250,9 +271,9 @@ class Puller:
         sizes: Sequence[int],
         transport: str | None,
         name: Name | None,
-    ) -> tuple[list[Any], dict[tuple[bytes, str | None], list[int]]]:
-        """What is here already; and the places of the others by owner and forced transport."""
-        results: list[Any] = [None] * len(refs)
+        results: list[Any],
+    ) -> dict[tuple[bytes, str | None], list[int]]:
+        """Fill in what is here already; the places of the others by owner and forced transport."""
         by_value: list[int] = []
         owners: dict[tuple[bytes, str | None], list[int]] = {}
         remote: Header | None = None
@@ -280,7 +301,7 @@ class Puller:
             else:
                 results[index] = tensor
         self._unpack(refs, by_value, results)
-        return results, owners
+        return owners
 
     def _unpack(
         self,
@@ -389,7 +410,8 @@ class Puller:
         """Read a batch; ``shared``: with neighbours, if its owner is on another host."""
         coming = batch.land(self.pool)
         if isinstance(link, DrawingLink) and sum(batch.sizes) > link.nowait_nbytes:
-            await link.read_drawn(coming, {ref.meta.segment for ref in batch.refs})
+            segments = batch.segments or {ref.meta.segment for ref in batch.refs}
+            await link.read_drawn(coming, segments)
             self.counters.pulled(name, len(batch.refs), batch.nbytes)
             return
         if len(batch.refs) > _LAND_ON_LOOP_COUNT:

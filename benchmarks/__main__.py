@@ -99,5 +99,28 @@ def statedict(
     command.run(settings, json_path=json, plot_path=plot)
 
 
+@app.command()
+def collectives(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: _Plot = None,
+    ranks: Annotated[str | None, typer.Option(help="How many members: 2,3 by default.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Bytes of a member's tensor.")] = None,
+) -> None:
+    """Collective operations, in members and on refs, beside torch's, Ray's and MPI's."""
+    from benchmarks import collectives as command  # noqa: PLC0415
+
+    try:
+        settings = command.Settings.choose(
+            quick=quick,
+            ranks=None if ranks is None else tuple(int(count) for count in _listed(ranks) or ()),
+            sizes=None if sizes is None else tuple(int(size) for size in _listed(sizes) or ()),
+        )
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from aiordt.transports import probe
-from benchmarks import slices, statedict, view
+from benchmarks import _mpi_ranks, collectives, slices, statedict, view
+from benchmarks._collective_ranks import ALLREDUCE, KINDS, RAW, RAY, expected, slowest
 from benchmarks._figures import Figures
 from benchmarks._measure import GIB, MIB
 from benchmarks._pages import ORDINARY
@@ -97,6 +98,26 @@ def test_a_tiny_run_of_statedict(tmp_path: Path) -> None:
     assert all(goal["met"] is not None for goal in figures["goals"])
 
 
+def test_a_tiny_run_of_collectives(tmp_path: Path) -> None:
+    figures, _ = bench(tmp_path, "collectives", "--ranks", "2", "--sizes", "8")
+    names = {"aiordt shm", "aiordt gloo", RAW, RAY}
+    if why := _mpi_ranks.missing():
+        assert figures["unavailable"] == {f"{_mpi_ranks.MPI} x 2": why}
+    else:
+        assert figures["unavailable"] == {}
+        names.add(_mpi_ranks.MPI)
+    rows = figures["rows"]
+    for kind in KINDS:
+        assert {row["name"] for row in rows if row["group"].startswith(kind)} == names
+    refs = {row["name"] for row in rows if row["group"].startswith("refs")}
+    assert refs == {collectives.REFS, collectives.BY_DRIVER, collectives.PLAIN}
+    lags = {row["name"] for row in rows if row["group"].startswith("lag")}
+    assert lags == names - {_mpi_ranks.MPI} | {"idle"}
+    met = [goal["met"] for goal in figures["goals"]]
+    assert len(met) == 4
+    assert None not in met[:2], "8 B were measured"
+
+
 @pytest.mark.parametrize("library", RAW_LIBRARIES)
 def test_raw_ends_bring_the_bytes(library: str) -> None:
     if why := missing(library):
@@ -155,6 +176,41 @@ def test_views_are_held_against_a_millisecond() -> None:
     assert [goal.met for goal in found.goals] == [False, True, None, None]
 
 
+def test_collectives_are_held_against_the_process_group_alone() -> None:
+    small, large = (collectives.Job(ALLREDUCE, nbytes).group(3) for nbytes in (8, 64 << 10))
+    found = figures_of(
+        (small, RAW, 500e-6),
+        (small, "aiordt shm", 450e-6),
+        (small, "aiordt gloo", 590e-6),
+        (large, RAW, 500e-6),
+        (large, "aiordt gloo", 610e-6),
+    )
+    collectives.judge(found, (3,))
+    verdicts = [(goal.measured, goal.met) for goal in found.goals]
+    assert verdicts == [
+        ("-50.0 µs", True),
+        ("+90.0 µs", True),
+        ("not measured", None),
+        ("+110 µs", False),
+    ]
+
+
+def test_a_collective_takes_from_the_last_call_to_the_last_result() -> None:
+    early, late = [(0.0, 5.0), (10.0, 12.0)], [(3.0, 4.0), (10.5, 14.0)]
+    assert slowest([early, late]) == [2.0, 3.5]
+
+
+def test_what_collectives_must_give() -> None:
+    # Ranks 0, 1 and 2 bring 0 1 2, 1 2 3 and 2 3 4.
+    given = {kind: expected(kind, 3, 1, 3).tolist() for kind in KINDS}
+    assert given == {
+        "allreduce": [3, 6, 9],
+        "broadcast": [0, 1, 2],
+        "allgather": [0, 1, 2, 1, 2, 3, 2, 3, 4],
+        "reducescatter": [6],
+    }
+
+
 def test_bytes_that_the_kernel_received() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         near = socket.create_connection(server.getsockname())
@@ -175,5 +231,10 @@ def test_settings_of_the_other_commands() -> None:
         slices.Settings.choose(quick=True, side=100)
     with pytest.raises(ValueError, match="positive"):
         view.Settings.choose(quick=True, sizes=(0,))
+    with pytest.raises(ValueError, match="at least 2"):
+        collectives.Settings.choose(quick=True, ranks=(1,))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        collectives.Settings.choose(quick=True, sizes=(8, 12))
     assert view.Settings.choose(quick=False).sizes[-1] == GIB
+    assert collectives.Settings.choose(quick=False).ranks == (2, 3)
     assert statedict.Settings.choose(quick=False).counts == (1_000, 10_000)

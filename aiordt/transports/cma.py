@@ -30,7 +30,7 @@ from aiordt._errors import ClosedError, OwnerDiedError, TransferError, Unavailab
 from aiordt._progress import Workers, finish
 from aiordt._types import MIB
 from aiordt.abc import Availability, DrawingLink, Transport
-from aiordt.transports._job import CHUNK_NBYTES, Job
+from aiordt.transports._job import CHUNK_NBYTES, GATHER_NBYTES, Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,8 +122,8 @@ def _advice(code: int) -> str:
 def _chunks(parts: Iterable[Part]) -> Iterator[_Chunk]:
     """Cut parts into reads of about `CHUNK_NBYTES`, none with more than IOV_MAX pieces.
 
-    Small contiguous parts are gathered: a call costs as much as reading 10 KiB, a piece in it
-    0.1 µs.
+    Small contiguous parts are gathered, up to `GATHER_NBYTES`: a call costs as much as reading
+    10 KiB, a piece in it 0.1 µs.
     """
     local: list[int] = []
     remote: list[int] = []
@@ -141,7 +141,7 @@ def _chunks(parts: Iterable[Part]) -> Iterator[_Chunk]:
                     _IOVEC.pack(part.address + start, some),
                 )
         elif nbytes:
-            if gathered + nbytes > CHUNK_NBYTES or len(local) == 2 * _IOV_MAX:
+            if gathered + nbytes > GATHER_NBYTES or len(local) == 2 * _IOV_MAX:
                 yield gathered, _iovecs(local), _iovecs(remote)
                 local, remote, gathered = [], [], 0
             local += (part.target, nbytes)

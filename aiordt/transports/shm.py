@@ -43,7 +43,7 @@ from aiordt._progress import Workers, finish, post, settle
 from aiordt._types import MIB
 from aiordt._wire import KEY_NBYTES
 from aiordt.abc import Availability, DrawingLink, SharedLink, Transport
-from aiordt.transports._job import CHUNK_NBYTES, Job, Piece, copy_piece, pieces
+from aiordt.transports._job import CHUNK_NBYTES, GATHER_NBYTES, Job, Piece, copy_piece
 from aiordt.transports.cma import host_id
 
 if TYPE_CHECKING:
@@ -171,13 +171,13 @@ class ShmLink(DrawingLink, SharedLink):
                 and part.tensor is tray
                 and part.target - address == shift
                 and 0 <= address - end < ALIGNMENT
-                and address + nbytes - start <= CHUNK_NBYTES
+                and address + nbytes - start <= GATHER_NBYTES
             ):
                 end = address + nbytes
                 continue
             if end > start:
                 source = mappings[segment].translate(start, end - start)
-                yield from pieces(source, start + shift, end - start)
+                yield source, start + shift, end - start
             start = end = 0
             segment = part.segment
             tray = part.tensor
@@ -188,7 +188,7 @@ class ShmLink(DrawingLink, SharedLink):
                 yield from _strided_chunks(part, mapping.translate(address, cut.span))
         if end > start:
             source = mappings[segment].translate(start, end - start)
-            yield from pieces(source, start + shift, end - start)
+            yield source, start + shift, end - start
 
     @override
     async def view(self, segment: int, address: int, nbytes: int) -> torch.Tensor:

@@ -149,10 +149,10 @@ async def test_methods_that_run_and_methods_that_fail(nodes: list[Any]) -> None:
 
     (ref, *_) = await allreduce_refs([n.make.remote(late, i) for i, n in enumerate(nodes)])
     assert torch.equal(await ref, all_of(50_000).sum(0))
+    calls = [n.make.remote(late, i) for n, i in zip(nodes, (0, 1, 5), strict=True)]
     with pytest.raises(KeyError, match="no weights"):
-        await allreduce_refs(
-            [n.make.remote(late, i) for n, i in zip(nodes, (0, 1, 5), strict=True)]
-        )
+        await allreduce_refs(calls)
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
