@@ -62,7 +62,7 @@ async def create_group(
         GroupError: A member is dead, cannot be reached, or failed; names it.
 
     Cost:
-        Some 20 ms for actors on one host.
+        Some 50 ms for actors on one host.
     """
     handles = list(actors)
     ids = [_ray.actor_id_of(handle) for handle in handles]
