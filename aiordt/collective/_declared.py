@@ -241,24 +241,36 @@ class Declared:
         asking = asyncio.run_coroutine_threadsafe(
             _ask_all(runtime, group, requests, self._name), runtime.io.loop
         )
+        asked = asyncio.wrap_future(asking)
         try:
-            answers = await asyncio.shield(asyncio.wrap_future(asking))
-        except asyncio.CancelledError:  # it goes on for the others
-
-            def drop(asking: Any) -> None:  # noqa: ANN401
-                if not asking.cancelled() and asking.exception() is None:
-                    for rank in range(group.size):
-                        runtime.io.spawn(_drop(runtime, group, rank, lane))
-
-            asking.add_done_callback(drop)
+            answers = await asyncio.shield(asked)
+            if any(code == GONE for code, *_ in answers):
+                raise _GoneError if group.bound else GroupError(f"{group!r} has ended")
+            results = [
+                self._result(runtime, group, rank, lane, answer, inputs)
+                for rank, answer in enumerate(answers)
+            ]
+            return await run_all(results)
+        except asyncio.CancelledError:
+            if asked.cancelled():
+                raise ClosedError("aiordt's runtime was closed") from None
+            asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+            asking.add_done_callback(lambda _: self._drop(runtime, group, lane))
+            raise  # it goes on for the others
+        except Exception:
+            self._drop(runtime, group, lane)
             raise
-        if any(code == GONE for code, *_ in answers):
-            raise _GoneError if group.bound else GroupError(f"{group!r} has ended")
-        results = [
-            self._result(runtime, group, rank, lane, answer, inputs)
-            for rank, answer in enumerate(answers)
-        ]
-        return await run_all(results)
+
+    @staticmethod
+    def _drop(runtime: Runtime, group: Group, lane: int) -> None:
+        """Let the members drop what nobody will fetch (REQ-2). Any thread."""
+
+        async def drop() -> None:
+            asks = [group.ask(runtime, rank, "drop", lane) for rank in range(group.size)]
+            await asyncio.gather(*asks, return_exceptions=True)
+
+        with suppress(RuntimeError):  # its loop has ended
+            runtime.io.loop.call_soon_threadsafe(lambda: runtime.io.spawn(drop()))
 
     def _request(self, lane: int, rank: int, inputs: _Inputs) -> list[object]:
         from_root = self._kind in _rules.FROM_ROOT
@@ -328,11 +340,6 @@ def _spec(ref: TensorRef) -> str:
     return f"{_rules.dtype_name(dtype_of(ref.meta.dtype))}{list(ref.meta.shape)}"
 
 
-async def _drop(runtime: Runtime, group: Group, rank: int, lane: int) -> None:
-    with suppress(AiordtError):
-        await group.ask(runtime, rank, "drop", lane)
-
-
 async def _ask_all(
     runtime: Runtime, group: Group, requests: Sequence[object], name: str
 ) -> list[Any]:
@@ -355,6 +362,8 @@ async def _ask_all(
 
     asks = [ask(rank, request) for rank, request in enumerate(requests)]
     answers = await asyncio.gather(*asks, return_exceptions=True)
+    if any(answer == [GONE] for answer in answers):
+        return [[GONE]]  # so nothing has moved, whatever the others say
     failures = [answer for answer in answers if isinstance(answer, BaseException)]
     # Where one member has its own reason, the others say that it did not take part.
     for kind in (TensorFreedError, ClosedError, GroupError, UsageError, BaseException):

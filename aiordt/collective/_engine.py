@@ -178,10 +178,12 @@ class Engine(Listener):
             self._operations[operation.key] = operation
             self._take(operation, first)  # under the lock: in the order of the numbers
             ready = self._claim(operation)
+            if ready and not light:
+                self._ready.append(operation)
         if ready and light:
             self._advance(operation)
         elif ready:
-            self.mesh.run(lambda: self._advance(operation))
+            self.mesh.run(self._advance_ready)
         elif timeout is not None:
             self.mesh.wake()
         return await operation.future
@@ -211,6 +213,7 @@ class Engine(Listener):
         """What the others said, by rank. Under the lock."""
         heard = [b""] * self.size
         if operation.waiting:
+            operation.received += 1
             arrived = self._arrived.get(operation.key, {})
             for other in operation.others:
                 heard[other] = arrived[other].pop(0)
@@ -277,6 +280,12 @@ class Engine(Listener):
             post(operation.loop, settle, operation.future, result, exc)
         else:
             settle(operation.future, result, exc)
+
+    def unheard(self, lane: int) -> bool:
+        """Whether the first call of a lane waits for the first word of another member."""
+        with self._lock:
+            operation = self._operations.get((COLLECTIVE, -1, lane, 0))
+            return operation is not None and not operation.running and not operation.received
 
     def check(self) -> None:
         """For operations that work for long: stop once the group has ended.
@@ -369,9 +378,9 @@ class Engine(Listener):
         with self._lock:
             self._arrived.setdefault(key, {}).setdefault(rank, []).append(body)
             operation = self._operations.get(key)
-            ready = operation is not None and self._claim(operation)
-        if operation is not None and ready:
-            self._ready.append(operation)  # not now: its thread may be in the middle of a frame
+            if operation is not None and self._claim(operation):
+                # Not now: its thread may be in the middle of a frame.
+                self._ready.append(operation)
 
     @override
     def lost(self, rank: int, why: str) -> None:
@@ -398,8 +407,7 @@ class Engine(Listener):
     def due(self) -> None:
         if self._attending:
             return
-        while self._ready:
-            self._advance(self._ready.popleft())
+        self._advance_ready()
         if not self._deadlines or self.deadline() != 0.0:
             return
         with self._lock:
@@ -413,6 +421,15 @@ class Engine(Listener):
         missing = ", ".join(map(self.label, late)) or "its transfers"
         why = f"{operation.name} timed out on rank {self.rank}, waiting for {missing}"
         self.end(Ended(closed=False, why=self.said(why)))
+
+    def _advance_ready(self) -> None:
+        """Go on with what was claimed, in that order: backends take calls as they come."""
+        while True:
+            try:
+                operation = self._ready.popleft()
+            except IndexError:
+                return
+            self._advance(operation)
 
     # --- turns -----------------------------------------------------------------------------
 

@@ -7,10 +7,13 @@ Invariants:
     REQ-1  A request that a member cannot take part in fails on all of them, by the exchange that
            compares their calls: nothing has moved, and the group goes on.
     REQ-2  Results that nobody fetches are dropped: when their asker says so, and when it is gone.
+    REQ-3  An asker that is gone before it asked all members ends the group: some wait for others
+           that will never come.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -26,6 +29,7 @@ from aiordt._progress import finish
 from aiordt._slices import view_of
 from aiordt._types import DTYPE_CODES, MIB
 from aiordt.collective._member import MemberGroup
+from aiordt.collective._steps import Ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,6 +46,8 @@ BY_VALUE: Final = 1
 KEPT: Final = 2
 IN_PLACE: Final = 3
 _COPY_ON_LOOP_NBYTES: Final = MIB
+#: So long after an asker is gone, what it asked of others must have come to them.
+_GRACE_SECONDS: Final = 1.0
 
 
 class _Kept(NamedTuple):
@@ -84,15 +90,27 @@ class Requests:
         self._runtime = runtime
         self._kept: dict[int, _Kept] = {}
         self._askers: dict[int, bytes] = {}
+        self._served: dict[int, tuple[Membership, asyncio.Task[object]]] = {}
 
     async def serve(self, membership: Membership, body: Any, peer_id: bytes) -> object:  # noqa: ANN401
-        """Take part in a collective; what became of it."""
+        """Take part in a collective; what became of it.
+
+        Cancelled, since the asker is gone, it goes on for the others.
+        """
         request = Request(*body)
-        self._askers[request.lane] = peer_id
-        try:
-            return await self._serve(MemberGroup(membership), request)
-        finally:
-            self._askers.pop(request.lane, None)
+        lane = request.lane
+        self._askers[lane] = peer_id
+        task = asyncio.ensure_future(self._serve(MemberGroup(membership), request))
+        self._served[lane] = membership, task
+
+        def served(task: asyncio.Task[object]) -> None:
+            self._askers.pop(lane, None)
+            self._served.pop(lane, None)
+            if not task.cancelled():
+                task.exception()  # told already, if somebody is there
+
+        task.add_done_callback(served)
+        return await asyncio.shield(task)
 
     async def _serve(self, group: MemberGroup, request: Request) -> object:
         with contextlib.ExitStack() as stack:
@@ -187,8 +205,19 @@ class Requests:
         """An asker is gone (REQ-2)."""
         for lane in [lane for lane, asker in self._askers.items() if asker == peer_id]:
             del self._askers[lane]
+            asyncio.get_running_loop().call_later(_GRACE_SECONDS, self._give_up, lane)
         for lane in [lane for lane, kept in self._kept.items() if kept.peer_id == peer_id]:
             del self._kept[lane]
+
+    def _give_up(self, lane: int) -> None:
+        """End the group if not all of its members were asked (REQ-3)."""
+        membership, _ = self._served.get(lane, (None, None))
+        engine = None if membership is None else membership.engine
+        if engine is not None and engine.unheard(lane):
+            why = (
+                "the process that asked for a collective on refs ended before it asked all members"
+            )
+            engine.end(Ended(closed=False, why=engine.said(why)))
 
 
 def _joined(found: Sequence[Sequence[Any]], dim: int | None) -> list[Any]:

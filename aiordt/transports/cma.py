@@ -215,15 +215,15 @@ class CmaLink(DrawingLink):
     @override
     async def read(self, parts: Sequence[Part]) -> None:
         total = sum(part.nbytes for part in parts)
-        await self._read(parts, NUM_READERS if total > CHUNK_NBYTES else 1)
+        await self._read(parts, NUM_READERS if total > CHUNK_NBYTES else 1, total)
 
     @override
     async def read_drawn(self, parts: Iterator[Part], segments: Iterable[int]) -> None:
         await self._read(parts, NUM_READERS)
 
-    async def _read(self, parts: Iterable[Part], readers: int) -> None:
+    async def _read(self, parts: Iterable[Part], readers: int, total: int = 0) -> None:
         self._check_open()
-        job = Job(_chunks(parts), self._read_chunk, "cma.chunk")
+        job = Job(_chunks(parts), lambda chunk: self._read_chunk(chunk, total), "cma.chunk")
         self._jobs.add(job)
         try:
             await finish(job.start(self._workers, readers), job.stop)
@@ -244,10 +244,15 @@ class CmaLink(DrawingLink):
         local, remote = _IOVEC.pack(target, nbytes), _IOVEC.pack(address, nbytes)
         self._read_chunk((nbytes, local, remote))
 
-    def _read_chunk(self, chunk: _Chunk) -> None:
-        """One system call, usually; it may stop short between two pieces."""
-        nbytes, local, remote = chunk
-        left = nbytes
+    def _read_chunk(self, chunk: _Chunk, total: int = 0) -> None:
+        """One system call, usually; it may stop short between two pieces.
+
+        Args:
+            chunk: What to read.
+            total: Bytes of the transfer that it is of, for errors, where that is known.
+        """
+        left, local, remote = chunk
+        nbytes = total or left
         readv = _readv
         assert readv is not None  # noqa: S101  (for the type checker: probe() said so)
         while True:

@@ -97,6 +97,27 @@ async def test_reductions_of_every_dtype(six: list[Any], backend: str) -> None:
             assert len(set(counts)) == 1
 
 
+async def many_alike(actor: Any, backend: str) -> int:
+    g = actor.group("g")
+
+    async def one(op: str) -> bool:
+        t = brought(g.rank, 20_011, torch.float64)
+        return torch.equal(await g.allreduce(t, op), reduced(op, g.size, 20_011, torch.float64))
+
+    calls = []
+    for number in range(150):
+        calls.append(asyncio.ensure_future(one(("sum", "max", "min")[number % 3])))
+        await asyncio.sleep(0)  # so that calls come while those before them become ready
+    return sum(await asyncio.gather(*calls))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_calls_that_look_alike_are_never_mixed_up(six: list[Any], backend: str) -> None:
+    """Without tags, they run in the order in which they were made, on all members (GRP-2)."""
+    async with grouped(six, backend):
+        assert await everywhere(six, many_alike, backend) == [150] * 6
+
+
 async def move_all(actor: Any) -> None:
     g = actor.group("g")
     rank, size = g.rank, g.size

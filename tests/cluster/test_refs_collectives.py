@@ -31,6 +31,8 @@ from aiordt.collective import (
 from aiordt.collective import (
     spawn as spawn_group,
 )
+from aiordt.collective._declared import Declared
+from aiordt.collective._requests import FIRST_LANE
 from aiordt.collective._service import groups_of
 from tests.support import Node, eventually
 
@@ -334,6 +336,38 @@ async def test_a_member_that_dies(spawn: Any) -> None:
     assert torch.equal(await refs[1], tensor(1, 50_000)), "REF-2"
     (ref, _) = await allreduce_refs(refs[:2])  # a new group, at once
     assert torch.equal(await ref, tensor(0, 50_000) + tensor(1, 50_000))
+
+
+async def test_an_asker_that_dies_before_it_asked_all(nodes: list[Any], spawn: Any) -> None:
+    refs = await asyncio.gather(*made(nodes, 50_000))
+    group = await create_group(nodes)
+    asker = spawn()
+
+    async def ask_one(_: Any, group: Any, refs: list[Any]) -> None:
+        runtime = _runtime.current()
+        call = Declared("allreduce", op="sum")
+        request = call._request(FIRST_LANE, 0, call._inputs(refs))
+        runtime.io.loop.call_soon_threadsafe(
+            lambda: runtime.io.spawn(group.ask(runtime, 0, "collect", request))
+        )
+
+    await asker.run.remote(ask_one, group, refs)
+
+    def serving(_: Any) -> bool:
+        return FIRST_LANE in groups_of(_runtime.current()).requests._served
+
+    await eventually(lambda: nodes[0].run.remote(serving), what="the request is there")
+    os.kill(await asker.pid.remote(), signal.SIGKILL)
+
+    async def ended() -> bool:
+        try:
+            await allreduce_refs(refs, group=group)
+        except aiordt.GroupError:
+            return True
+        return False
+
+    await eventually(ended, what="the group ended")  # REQ-3
+    assert not await nodes[0].run.remote(serving)
 
 
 async def test_made_groups_keep_no_actor_alive(cluster: None) -> None:  # MADE-1
