@@ -43,7 +43,7 @@ from aiordt._progress import Workers, finish, post, settle
 from aiordt._types import MIB
 from aiordt._wire import KEY_NBYTES
 from aiordt.abc import Availability, DrawingLink, SharedLink, Transport
-from aiordt.transports._job import CHUNK_NBYTES, GATHER_NBYTES, Job, Piece, copy_piece
+from aiordt.transports._job import CHUNK_NBYTES, GATHER_NBYTES, Job, Piece, copy_piece, pieces
 from aiordt.transports.cma import host_id
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class ShmLink(DrawingLink, SharedLink):
 
     @staticmethod
     def _chunks(parts: Iterable[Part], mappings: dict[int, _Mapping]) -> Iterator[_Chunk]:
-        """Pieces of `CHUNK_NBYTES`; neighbours there that are neighbours here are one.
+        """Pieces of `CHUNK_NBYTES`; small neighbours there that are neighbours here are one.
 
         Between two on one tray (`aiordt._batch`) a few bytes are nobody's: they may be copied.
         """
@@ -164,29 +164,31 @@ class ShmLink(DrawingLink, SharedLink):
         tray = None
         for part in parts:
             address, nbytes = part.address, part.nbytes
-            cut = part.cut
             if (
-                part.segment == segment
-                and cut is None
-                and part.tensor is tray
+                part.tensor is tray
+                and tray is not None
+                and part.segment == segment
+                and part.cut is None
                 and part.target - address == shift
                 and 0 <= address - end < ALIGNMENT
                 and address + nbytes - start <= GATHER_NBYTES
             ):
                 end = address + nbytes
                 continue
-            if end > start:
+            if tray is not None:
                 source = mappings[segment].translate(start, end - start)
                 yield source, start + shift, end - start
-            start = end = 0
+                tray = None
             segment = part.segment
-            tray = part.tensor
-            if cut is None or cut.contiguous:
-                start, end, shift = address, address + nbytes, part.target - address
+            mapping = mappings[segment]  # SHM-1
+            if part.cut is not None and not part.cut.contiguous:
+                yield from _strided_chunks(part, mapping.translate(address, part.cut.span))
+            elif nbytes > CHUNK_NBYTES or part.tensor is None:
+                yield from pieces(mapping.translate(address, nbytes), part.target, nbytes)
             else:
-                mapping = mappings[segment]  # SHM-1
-                yield from _strided_chunks(part, mapping.translate(address, cut.span))
-        if end > start:
+                start, end, shift = address, address + nbytes, part.target - address
+                tray = part.tensor
+        if tray is not None:
             source = mappings[segment].translate(start, end - start)
             yield source, start + shift, end - start
 

@@ -13,10 +13,12 @@ import torch
 from aiordt._arena import arena
 from aiordt._errors import TransferError, UnavailableError
 from aiordt._peer import local_name
+from aiordt._types import KIB, MIB
 from aiordt.abc import Part
 from aiordt.testing import Leaks, eventually
 from aiordt.testing._process import _Half
 from aiordt.transports.shm import ShmLink, ShmTransport
+from tests.support import on_phase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -89,6 +91,34 @@ async def test_a_segment_is_mapped_once_for_all_who_ask(ends: Ends) -> None:
     assert segment is not None
     assert ends.link.mapped_nbytes == segment.nbytes
     assert all(torch.equal(target, ends.tensor[:1000]) for target in targets)
+
+
+async def test_chunks_are_small_and_small_parts_are_gathered(ends: Ends) -> None:
+    """One chunk of a large tensor at a time, so that others have their turns (FAIR-1)."""
+    large = arena.empty((8 * MIB,), torch.uint8).fill_(3)
+    target = torch.zeros(8 * MIB, dtype=torch.uint8)
+    chunks: list[str] = []
+
+    def count(name: str) -> None:
+        chunks.extend([name] * (name == "shm.chunk"))
+
+    on_phase(count)
+    try:
+        segment = arena.locate(large.data_ptr())
+        await ends.link.read([ends.part(target, large.data_ptr(), segment)])
+        assert len(chunks) == 8
+        chunks.clear()
+        parts = []
+        for start in range(0, 8 * MIB, 64 * KIB):
+            address, here = large.data_ptr() + start, target.data_ptr() + start
+            part = Part(b"", 0, address, here, 64 * KIB, segment=segment, tensor=target)
+            parts.append(part)
+        await ends.link.read(parts)
+        assert len(chunks) == 2
+    finally:
+        on_phase(None)
+    assert torch.equal(target, large)
+    del large
 
 
 async def test_nobody_gets_memory_without_the_secret(ends: Ends) -> None:  # AUTH-1
