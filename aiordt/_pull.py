@@ -93,6 +93,32 @@ class _Wanted(NamedTuple):
     known: Plain | None = None
 
 
+class _Call(NamedTuple):
+    """What the parts of one `Puller.pull_all` have in common: its arguments, and the results."""
+
+    transport: str | None
+    into: Sequence[torch.Tensor] | None
+    dtype: torch.dtype | None
+    name: Name | None
+    results: list[Any]
+
+
+class _Job(NamedTuple):
+    """What to pull together.
+
+    Attributes:
+        forced: The transport that somebody demanded.
+        suited: One that suits these better than the way to their owner in general.
+        wanted: Of whom.
+        numbers: Which of those.
+    """
+
+    forced: str | None
+    suited: str | None
+    wanted: _Wanted
+    numbers: Sequence[int]
+
+
 class Puller:
     """The part of a `Runtime` that pulls; the attributes are the runtime's."""
 
@@ -205,65 +231,85 @@ class Puller:
         leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
         self._inline_nbytes = 0
         await asyncio.sleep(0)
-        results: list[Any] = [None] * len(refs)
+        call = _Call(transport, into, dtype, name, [None] * len(refs))
+        jobs = self._plan_known(refs, call)
+        if jobs is None:
+            sizes = [num_bytes(ref.meta) for ref in refs]
+            owners = self._sort(refs, sizes, transport, name, call.results)
+            for index, result in enumerate(call.results if into is not None else ()):
+                if result is not None and into is not None:
+                    call.results[index] = await self._copied(refs[index], into[index], result)
+            jobs = self._plan(refs, sizes, owners, call)
+        if jobs:
+            await run_all([self._pull_by(call, *job) for job in jobs])
+        del leases
+        return [tensor for tensor in call.results if tensor is not None]
 
-        async def pull_by(
-            forced: str | None, suited: str | None, wanted: _Wanted, numbers: Sequence[int]
-        ) -> None:
-            first = wanted.refs[numbers[0]]
-            with naming(first, name, len(numbers)):
-                finding = self.find(first.header, forced, suited)
-                transport, link = await self.reached(first.header, finding)
-                asking = self.routes.wait_ready(wanted.headers)
-                await self.reached(first.header, asking)  # DEV-1
-                if wanted.known is None:
-                    check_reach(transport, link, [wanted.refs[number] for number in numbers])
-            limit = self.config.max_in_flight_bytes
-            for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
-                batch = Batch(
-                    [wanted.refs[number] for number in some],
-                    [wanted.sizes[number] for number in some],
-                    wanted.ties.among(some),
-                    None if into is None else [into[wanted.places[number]] for number in some],
-                    dtype if link.packs else None,
-                )
-                if wanted.known is not None:
-                    batch.segments = wanted.known.segments
-                with naming(batch.refs[0], name, len(some)):
-                    tensors = await self._pull_batch(batch, transport, link, shared=forced is None)
-                for number, tensor in zip(some, tensors, strict=True):
-                    results[wanted.places[number]] = tensor
-
+    def _plan_known(self, refs: Sequence[Pullable], call: _Call) -> list[_Job] | None:
+        """What to pull by which way, if these are `plain` refs of another process."""
         header = refs[0].header
         known = plain(refs) if len(refs) > 1 else None
+        if known is None or header.address.runtime_id == self.address.runtime_id:
+            return None
+        forced = call.transport or header.transport
+        with naming(refs[0], call.name):
+            self.check_shared(refs[0], forced)
+        suited = self.suited(refs[0]) if forced is None and 0 not in known.segments else None
+        everything = range(len(refs))
+        wanted = _Wanted(everything, refs, known.sizes, UNTIED, [header], known)
+        return [_Job(forced, suited, wanted, everything)]
+
+    def _plan(
+        self,
+        refs: Sequence[Pullable],
+        sizes: Sequence[int],
+        owners: dict[tuple[bytes, str | None], list[int]],
+        call: _Call,
+    ) -> list[_Job]:
+        """What to pull from each owner, by which way."""
         jobs = []
-        if known is not None and header.address.runtime_id != self.address.runtime_id:
-            everything = range(len(refs))
-            wanted = _Wanted(everything, refs, known.sizes, UNTIED, [header], known)
-            forced = transport or header.transport
-            with naming(refs[0], name):
-                self.check_shared(refs[0], forced)
-            suited = self.suited(refs[0]) if forced is None and 0 not in known.segments else None
-            jobs.append(pull_by(forced, suited, wanted, everything))
-        else:
-            sizes = [num_bytes(ref.meta) for ref in refs]
-            owners = self._sort(refs, sizes, transport, name, results)
-            if into is not None:
-                for index, result in enumerate(results):
-                    if result is not None:
-                        results[index] = await self._copied(refs[index], into[index], result)
-            for (_, forced), places in owners.items():
-                some = [refs[place] for place in places]
-                some_sizes = [sizes[place] for place in places]
-                ties = tied(some, some_sizes, apart=into is not None)
-                headers = [ref.header for ref in some]
-                wanted = _Wanted(places, some, some_sizes, ties, headers)
-                for suited, numbers in self._ways(wanted, forced).items():
-                    jobs.append(pull_by(forced, suited, wanted, numbers))
-        if jobs:
-            await run_all(jobs)
-        del leases
-        return [tensor for tensor in results if tensor is not None]
+        for (_, forced), places in owners.items():
+            some = [refs[place] for place in places]
+            some_sizes = [sizes[place] for place in places]
+            ties = tied(some, some_sizes, apart=call.into is not None)
+            wanted = _Wanted(places, some, some_sizes, ties, [ref.header for ref in some])
+            ways = self._ways(wanted, forced)
+            jobs += [_Job(forced, suited, wanted, numbers) for suited, numbers in ways.items()]
+        return jobs
+
+    async def _pull_by(
+        self,
+        call: _Call,
+        forced: str | None,
+        suited: str | None,
+        wanted: _Wanted,
+        numbers: Sequence[int],
+    ) -> None:
+        """Pull some of what is wanted of one owner."""
+        first = wanted.refs[numbers[0]]
+        with naming(first, call.name, len(numbers)):
+            finding = self.find(first.header, forced, suited)
+            transport, link = await self.reached(first.header, finding)
+            asking = self.routes.wait_ready(wanted.headers)
+            await self.reached(first.header, asking)  # DEV-1
+            if wanted.known is None:
+                check_reach(transport, link, [wanted.refs[number] for number in numbers])
+        into = call.into
+        limit = self.config.max_in_flight_bytes
+        for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
+            batch = Batch(
+                [wanted.refs[number] for number in some],
+                [wanted.sizes[number] for number in some],
+                wanted.ties.among(some),
+                None if into is None else [into[wanted.places[number]] for number in some],
+                call.dtype if link.packs else None,
+            )
+            if wanted.known is not None:
+                batch.segments = wanted.known.segments
+            with naming(batch.refs[0], call.name, len(some)):
+                tensors = await self._pull_batch(batch, transport, link, shared=forced is None)
+            for number, tensor in zip(some, tensors, strict=True):
+                call.results[wanted.places[number]] = tensor
 
     def _sort(
         self,

@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -188,6 +189,11 @@ def _shown(specs: Sequence[Spec]) -> str:
     return shown if len(specs) <= 3 else f"{shown}, ... {len(specs)} tensors"
 
 
+@functools.lru_cache(maxsize=256)
+def _unpacked(data: bytes) -> Descriptor:
+    return Descriptor.unpack(data)
+
+
 def agree(descriptors: Sequence[bytes]) -> Descriptor:
     """What all members ask for.
 
@@ -199,7 +205,7 @@ def agree(descriptors: Sequence[bytes]) -> Descriptor:
     """
     first = descriptors[0]
     if all(other == first for other in descriptors):
-        found = Descriptor.unpack(first)
+        found = _unpacked(first)
         if found.error:
             raise UsageError(f"rank 0: {found.error}")
         return found

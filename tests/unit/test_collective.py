@@ -64,7 +64,7 @@ def test_rows_are_cut_as_torch_does(length: int, size: int) -> None:
 @given(specs, st.integers(1, 5), st.booleans())
 def test_what_is_packed_comes_out_again(chosen: list[Spec], size: int, cutting: bool) -> None:  # noqa: FBT001
     tensors = [torch.randint(9, spec.shape).to(spec.dtype) for spec in chosen]
-    units = _bundle.plan(chosen, size, cutting=cutting)
+    units = _bundle.plan(tuple(chosen), size, cutting=cutting)
     assert sorted(place for unit in units for place in unit.places) == list(range(len(chosen)))
     for unit in units:
         flat = _bundle.packed(unit, tensors, cutting=cutting)
