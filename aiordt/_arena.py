@@ -29,7 +29,7 @@ import torch
 
 from aiordt import _config
 from aiordt._errors import InvalidValueError, OutOfMemoryError
-from aiordt._memory import HUGE_PAGE, dense_stride, laid_out, lent_tensor
+from aiordt._memory import HUGE_PAGE, aligned, dense_stride, laid_out, lent_tensor
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 SHARED_NBYTES: Final = 16 * MIB
 #: ... of this size; a larger one has its own.
 SEGMENT_NBYTES: Final = 64 * MIB
-#: Ranges are multiples of a cache line.
-_GRANULE: Final = 64
 # fcntl(2); FUTURE_WRITE lets nobody make another writable mapping. Python has no names for it.
 _F_ADD_SEALS: Final = 1033
 _SEALS: Final = 0x0002 | 0x0004 | 0x0010  # SHRINK, GROW, FUTURE_WRITE
@@ -182,7 +180,7 @@ class Arena:
         nbytes = numel * dtype.itemsize
         if nbytes == 0:
             return torch.empty(tuple(shape), dtype=dtype)
-        place = self._take(-(-nbytes // _GRANULE) * _GRANULE)
+        place = self._take(aligned(nbytes))
         flat = lent_tensor(place.segment.address + place.start, numel, dtype, self, place)
         return laid_out(flat, shape, stride)
 

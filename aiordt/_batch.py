@@ -24,7 +24,7 @@ from aiordt._landing import (
 )
 from aiordt._layout import Cut, span
 from aiordt._leaves import as_tensor
-from aiordt._memory import ALIGNMENT, HUGE_PAGE, MIN_BLOCK, view_memory
+from aiordt._memory import HUGE_PAGE, MIN_BLOCK, aligned, view_memory
 from aiordt._sharing import UNTIED, Ties, tie, within
 from aiordt._ties import Extent, Group, contiguous_stride, overlapping
 from aiordt._types import DTYPES, ITEMSIZES
@@ -230,7 +230,7 @@ class Batch:
                 and not meta.device
                 and ref.cls is None
             ):
-                taken = -(-size // ALIGNMENT) * ALIGNMENT
+                taken = aligned(size)
                 if taken > room:
                     yield from self._land_on_tray(tray, pool)
                     tray = []
@@ -254,7 +254,7 @@ class Batch:
         end = 0
         for place in places:
             offsets.append(end)
-            end += -(-sizes[place] // ALIGNMENT) * ALIGNMENT
+            end += aligned(sizes[place])
         buffer = pool.tray(end)
         if buffer is None:
             return [self._land_alone(place, pool) for place in places]

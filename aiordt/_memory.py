@@ -45,6 +45,11 @@ def view_memory(address: int, nbytes: int, *, writable: bool = False) -> memoryv
     return view
 
 
+def aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up to `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def storage_range(tensor: torch.Tensor) -> tuple[int, int]:
     """Address and size in bytes of the storage behind ``tensor``."""
     storage = tensor.untyped_storage()

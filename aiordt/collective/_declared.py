@@ -96,7 +96,7 @@ class Declared:
             raise InvalidTypeError(
                 f"{self._name} takes a list with a ref of each member, not a {type(refs).__name__}"
             )
-        inputs = self._inputs(await run_all([_value(each) for each in refs]))
+        inputs = self._inputs(await run_all([fetch_objects(each) for each in refs]))
         owners = [self._owner(leaves, number) for number, leaves in enumerate(inputs.leaves)]
         self._check_owners(owners)
         self._check_alike(inputs)
@@ -116,7 +116,7 @@ class Declared:
         """With refs of one member, to all of them."""
         if (actors is None) == (group is None):
             raise InvalidTypeError(f"{self._name} takes either actors or a group")
-        inputs = self._inputs([await _value(ref)])
+        inputs = self._inputs([await fetch_objects(ref)])
         header, _ = self._owner(inputs.leaves[0], None)
         self._check_alike(inputs)
         if group is not None:
@@ -330,10 +330,6 @@ def _fetched(_actor: object, *, lane: int, name: str) -> list[Any]:
     leaves = groups_of(_runtime.current()).requests.take(lane)
     refs: list[Any] = export_blocking(leaves, f"{name}()", transport=None, snapshot=False)
     return refs
-
-
-async def _value(x: Any) -> Any:  # noqa: ANN401
-    return await fetch_objects(x)
 
 
 def _spec(ref: TensorRef) -> str:

@@ -141,26 +141,27 @@ async def find_owner(runtime: Runtime, address: PeerAddress, owner: Owner) -> Me
         UsageError: It has not published a handle of itself.
         OwnerDiedError: It has been restarted since.
     """
-    actor_id = owner.actor_id or ""
-    record = await runtime.workers.run(lambda: _ray.find_actor(runtime.session, actor_id))
-    if record is None:
+    member = await _recorded(runtime, owner.actor_id or "")
+    if member is None:
         raise UsageError(
             f"{owner} is no aiordt.AsyncActor, so nobody finds it: make a group by create_group, "
             "and pass it as group="
         )
-    member = Member.unpack(msgpack.unpackb(record))
     if member.address.runtime_id != address.runtime_id:
         raise OwnerDiedError(f"{owner} died, and its tensors with it", owner=str(owner))
     return member
 
 
+async def _recorded(runtime: Runtime, actor_id: str) -> Member | None:
+    """What an actor has published, perhaps before it died."""
+    record = await runtime.workers.run(lambda: _ray.find_actor(runtime.session, actor_id))
+    return None if record is None else Member.unpack(msgpack.unpackb(record))
+
+
 async def _published(runtime: Runtime, actor_id: str) -> Member | None:
     """What an actor has published, if its process answers."""
-    record = await runtime.workers.run(lambda: _ray.find_actor(runtime.session, actor_id))
-    if record is None:
-        return None
-    member = Member.unpack(msgpack.unpackb(record))
-    if member.address.runtime_id != runtime.address.runtime_id:
+    member = await _recorded(runtime, actor_id)
+    if member is not None and member.address.runtime_id != runtime.address.runtime_id:
         try:
             # A round trip: a connection that is still there proves nothing.
             await runtime.io.run(runtime.routes.peer(member.address).call(HELLO))

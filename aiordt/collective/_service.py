@@ -136,7 +136,8 @@ class Groups(Service):
         over = self._over.get(name)
         if over is not None:
             raise over.error()
-        names = sorted(each.name for each in list(self._by_name.values()) if each.started)
+        named = [each for each in list(self._by_name.values()) if not each.bound_to]
+        names = sorted(each.name for each in named if each.started)
         there = f"its groups: {', '.join(map(repr, names))}" if names else "it is in no group"
         raise UsageError(f"this actor is not in a group {name!r}; {there}")
 

@@ -20,14 +20,12 @@ from aiordt._errors import (
     UsageError,
 )
 from aiordt._progress import run_all
-from aiordt._wire import TransportMessage
+from aiordt.abc import AsyncResource, TransportMessage
 from aiordt.collective._members import NAME, Member, find
 from aiordt.collective._service import groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
-    from types import TracebackType
-    from typing import Self
 
     from aiordt._runtime import Runtime
 
@@ -151,7 +149,7 @@ def _chosen(backend: str, met: Sequence[Any]) -> tuple[str, bool]:
     return backend, backend == "nccl"
 
 
-class Group:
+class Group(AsyncResource):
     """A group of actors, in any process: made by `create_group`, and may be passed on.
 
     Attributes:
@@ -199,17 +197,7 @@ class Group:
     def __repr__(self) -> str:
         return f"<group {self.name!r} of {self.size}, {self.backend}>"
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
+    @override
     async def aclose(self) -> None:
         """End the group on all members; pending calls raise `ClosedError`. Idempotent."""
         runtime = _runtime.current()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aiordt import _ray
-from aiordt._errors import (
-    InvalidValueError,
-)
+from aiordt._errors import InvalidValueError
 from aiordt.collective._declared import Declared
 from aiordt.collective.group import create_group
 
