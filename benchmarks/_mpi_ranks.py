@@ -76,7 +76,7 @@ def spans(kind: str, nbytes: int, size: int, count: int) -> list[list[tuple[floa
 
 def _rank(kind: str, nbytes: int, count: int) -> None:
     import numpy as np  # noqa: PLC0415
-    from mpi4py import MPI as mpi  # type: ignore[import-not-found]  # noqa: N811, PLC0415
+    from mpi4py import MPI as mpi  # noqa: N811, PLC0415
 
     world = mpi.COMM_WORLD
     rank, size = world.rank, world.size
