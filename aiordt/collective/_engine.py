@@ -67,7 +67,7 @@ class _Operation:
 
     __slots__ = (
         "deadline", "future", "key", "light", "loop", "name", "others", "received", "running",
-        "said", "steps", "waiting",
+        "said", "steps", "thread", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +83,7 @@ class _Operation:
         self.waiting = False  # for the others
         self.running = False  # some thread is at it
         self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
         self.future: asyncio.Future[Any] = self.loop.create_future()
         self.deadline: float | None = None
 
@@ -285,7 +286,7 @@ class Engine(Listener):
             left = self._arrived.get(operation.key)
             if left is not None and not any(left.values()):
                 del self._arrived[operation.key]
-        if self.mesh.on_thread or operation.loop is not _running_loop():
+        if operation.thread != threading.get_ident():
             post(operation.loop, settle, operation.future, result, exc)
         else:
             settle(operation.future, result, exc)
@@ -495,10 +496,3 @@ class Engine(Listener):
             if missing:
                 raise TimeoutError(f"group {self.name!r}: {missing[0]!r} did not come")
             return [self._stored[key] for key in keys]
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
