@@ -1,0 +1,1 @@
+"""MPI: the library in this process, and actors that mpiexec started."""
