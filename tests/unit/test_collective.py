@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from aiordt.collective import _bundle, _call, _message
 from aiordt.collective._direct import DirectMover
 from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, Engine
 from aiordt.collective._kernels import Reduction
-from aiordt.collective._mesh import Mesh
+from aiordt.collective._mesh import Frame, Listener, Mesh
 from aiordt.collective._rules import (
     Descriptor,
     Spec,
@@ -332,6 +333,70 @@ async def test_a_loop_that_has_become_busy_keeps_nobody_waiting() -> None:  # MS
         assert made[0].stored(["key"], 10) == [b"value"]
         await allreduced(made[1], torch.ones(2))
         await pending
+
+
+class Ordered(Listener):
+    """Notes the numbers of frames, and whether two threads ever were here at once."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.threads: set[int] = set()
+        self.overlapped = False
+        self._inside = False
+
+    @override
+    def received(self, rank: int, frame: Frame) -> None:
+        self.overlapped |= self._inside
+        self._inside = True
+        time.sleep(0)  # another thread may run
+        self.numbers.append(frame.number)
+        self.threads.add(threading.get_ident())
+        self._inside = False
+
+    @override
+    def lost(self, rank: int, why: str) -> None:
+        pass
+
+    @override
+    def deadline(self) -> float | None:
+        return None
+
+    @override
+    def due(self) -> None:
+        pass
+
+    @override
+    def due_here(self) -> None:
+        pass
+
+
+async def test_loop_and_thread_never_read_at_once() -> None:  # MSH-1
+    one, other = socket.socketpair()
+    reader, writer = Mesh({1: one}, "reader"), Mesh({0: other}, "writer")
+    heard = Ordered()
+    reader.start(heard)
+    writer.start(Ordered())
+    total = 4000
+
+    def write() -> None:
+        for number in range(total):
+            writer.send(0, Frame(0, 0, number, b"").pack())
+
+    try:
+        writing = asyncio.ensure_future(asyncio.to_thread(write))
+        while len(heard.numbers) < total:
+            if reader.borrow():
+                await asyncio.sleep(0)
+                reader.give_back()
+            await asyncio.sleep(0)
+        await writing
+        assert heard.numbers == list(range(total))
+        assert not heard.overlapped
+        assert len(heard.threads) == 2, "each has read"
+    finally:
+        for mesh in (reader, writer):
+            mesh.close()
+            mesh.join(5)
 
 
 class Held(CmaLink):
