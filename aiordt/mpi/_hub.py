@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from aiordt.mpi._rank import proof
 
 if TYPE_CHECKING:
@@ -47,8 +49,8 @@ class Member:
     writer: asyncio.StreamWriter
     state: State = State.STARTING
     adopted: bool = False
-    orderly: bool = False
 
+    @override
     def __str__(self) -> str:
         kind = "the script" if self.rank == 0 else "an actor" if self.adopted else "unused"
         return f"rank {self.rank} (host {self.host}, pid {self.pid}, {kind})"
@@ -146,8 +148,8 @@ class Hub:
                     member.state = State.INITIALISED
                 case _, "failed":
                     self._refuse(f"{member} could not initialise MPI: {message['error']}")
-                case _, "ended":
-                    member.orderly = True
+                case _:
+                    pass  # "ended": the connection will, too
             self._go_on()
 
     def _others(self) -> Iterator[Member]:

@@ -139,8 +139,8 @@ class Link:
             case "up":
                 unlink_segments()
                 self._up.set()
-            case "refused":
-                reason = str(message["reason"])
+            case _:
+                reason = str(message["reason"])  # "refused"
                 self._fail(UnavailableError(f"mpi: {reason}", reason=reason, transport="mpi"))
 
     def _fail(self, error: AiordtError) -> None:
@@ -189,5 +189,5 @@ def _set(variables: Mapping[str, str]) -> Generator[None]:
 
 def inherited() -> int | None:
     """The descriptor of the connection that this process was started with; once."""
-    number = os.environ.pop(HUB_FD, None)
-    return None if number is None else int(number)
+    number, _, pid = os.environ.pop(HUB_FD, "").partition(":")
+    return int(number) if pid == str(os.getpid()) else None

@@ -32,7 +32,7 @@ from typing import Any, Final, NoReturn
 HUB: Final = "AIORDT_MPI_HUB"
 #: ``<token>:<rank>:<size>`` of a rank that became a Ray worker.
 WORLD: Final = "AIORDT_MPI_WORLD"
-#: The connection to the launcher that a rank's program inherits.
+#: ``<descriptor>:<pid>``: the connection to the launcher that this very process inherits.
 HUB_FD: Final = "AIORDT_MPI_HUB_FD"
 #: What mpiexec told rank 0, which its children must not take for theirs.
 STASH: Final = "AIORDT_MPI_ENVIRONMENT"
@@ -156,6 +156,11 @@ def of_rank(environment: dict[str, str], prefixes: tuple[str, ...]) -> dict[str,
     return {name: value for name, value in environment.items() if name.startswith(prefixes)}
 
 
+def _passed(descriptor: int) -> str:
+    """The value of `HUB_FD`; children inherit the variable, but not the connection."""
+    return f"{descriptor}:{os.getpid()}"
+
+
 def worker_environment(
     worker: dict[str, str], rank: dict[str, str], world: str, hub_fd: int
 ) -> dict[str, str]:
@@ -167,7 +172,9 @@ def worker_environment(
         world: The value of `WORLD`.
         hub_fd: The connection to the launcher.
     """
-    merged = {name: value for name, value in worker.items() if not name.startswith(LAUNCHED)}
+    # The worker's has what the script handed to a Ray node that it started.
+    foreign = (*LAUNCHED, "AIORDT_MPI_")
+    merged = {name: value for name, value in worker.items() if not name.startswith(foreign)}
     merged |= of_rank(rank, LAUNCHED + CONFIGURED)
     for name, added in (("LD_LIBRARY_PATH", rank.get("LD_LIBRARY_PATH")), ("PYTHONPATH", _ROOT)):
         before = [path for path in worker.get(name, "").split(os.pathsep) if path]
@@ -176,7 +183,7 @@ def worker_environment(
             merged[name] = os.pathsep.join([*before, *paths])
     if RAY_HOOK in merged:
         merged[HOOK] = merged[RAY_HOOK]
-    return merged | {WORLD: world, HUB_FD: str(hub_fd), RAY_HOOK: OUR_HOOK}
+    return merged | {WORLD: world, HUB_FD: _passed(hub_fd), RAY_HOOK: OUR_HOOK}
 
 
 def unlink_segments() -> None:
@@ -282,7 +289,7 @@ def become_script(command: list[str], hub: socket.socket) -> NoReturn:
     """Rank 0: run the script; what mpiexec told this process is kept for a later `initialise`."""
     stash = of_rank(dict(os.environ), LAUNCHED)
     environment = {name: value for name, value in os.environ.items() if name not in stash}
-    environment |= {STASH: json.dumps(stash), HUB_FD: str(hub.fileno())}
+    environment |= {STASH: json.dumps(stash), HUB_FD: _passed(hub.fileno())}
     os.set_inheritable(hub.fileno(), True)  # noqa: FBT003
     os.execve(sys.executable, [sys.executable, *command], environment)  # noqa: S606
 
