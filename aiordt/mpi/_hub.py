@@ -14,7 +14,7 @@ import logging
 import secrets
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import override
 
@@ -72,16 +72,19 @@ class Hub:
     members: dict[int, Member] = field(default_factory=dict)
     #: The first rank that ended before the world did.
     lost: Member | None = None
-    #: Set as soon as a rank is lost that others may wait for in MPI.
+    #: Set as soon as a rank is lost.
     broken: asyncio.Event = field(default_factory=asyncio.Event)
     #: Set when rank 0 has asked for the end, or is gone.
     ending: asyncio.Event = field(default_factory=asyncio.Event)
     _wanted: bool = False
     _begun: bool = False
     _refusal: str | None = None
+    _serving: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._serving[task] = writer
         try:
             member = await self._meet(reader, writer)
             if member is not None:
@@ -93,6 +96,14 @@ class Hub:
             _log.debug("a connection of the world broke: %s", exc)
         finally:
             writer.close()
+            del self._serving[task]
+
+    async def aclose(self) -> None:
+        """Break the connections, so that the processes at their other ends end."""
+        for writer in self._serving.values():
+            writer.transport.abort()
+        if self._serving:
+            await asyncio.wait(list(self._serving))
 
     async def _meet(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -198,16 +209,15 @@ class Hub:
 
     def _left(self, member: Member) -> None:
         """A rank's process has ended, or is about to."""
-        initialising = self._begun or member.state is State.INITIALISED
         member.state = State.ENDED
         if not self.ending.is_set():
             if self.lost is None:
                 self.lost = member
             self._refuse(f"{member} has ended")
-            if initialising:
-                self.broken.set()
             if member.rank == 0:
                 self.end()
+            else:
+                self.broken.set()
         self._go_on()
 
 

@@ -40,8 +40,8 @@ Everything else before -- is for mpiexec.
 
 #: From the end of the script to that of all ranks; else they are killed.
 _END_SECONDS: Final = 30.0
-#: mpiexec itself ends the others soon when a rank dies.
-_DEATH_SECONDS: Final = 10.0
+#: Until the script has seen that an actor died; most mpiexecs end all ranks sooner.
+_DEATH_SECONDS: Final = 5.0
 #: From a signal until the ranks that do not heed it are killed.
 _GRACE_SECONDS: Final = 15.0
 _KILL_SECONDS: Final = 5.0
@@ -212,6 +212,7 @@ class _Launch:
                 await _kill(process)
         finally:
             server.close()
+            await self._hub.aclose()
         return status
 
     async def _attend(self, process: asyncio.subprocess.Process) -> int:

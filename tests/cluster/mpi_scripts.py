@@ -19,19 +19,25 @@ import aiordt
 import aiordt.mpi
 
 
+def tell(found: dict[str, Any]) -> None:
+    print("RESULT", json.dumps(found), flush=True)  # noqa: T201
+
+
+def parent_name() -> str:
+    return Path(f"/proc/{os.getppid()}/comm").read_text(encoding="utf-8").strip()
+
+
 class Member(aiordt.AsyncActor):
     def __init__(self) -> None:
         self.comm: Any = None
 
     async def about(self) -> dict[str, Any]:
-        parent = os.getppid()
         return {
             "pid": os.getpid(),
-            "parent": Path(f"/proc/{parent}/comm").read_text(encoding="utf-8").strip(),
+            "parent": parent_name(),
             "world": os.environ["AIORDT_MPI_WORLD"],
             "secret": [name for name in os.environ if name.startswith("AIORDT_MPI_")],
             "variable": os.environ.get("MEMBER_VARIABLE"),
-            "cwd": os.getcwd(),  # noqa: PTH109
         }
 
     async def join(self, ranks: list[int]) -> list[int]:
@@ -44,10 +50,10 @@ class Member(aiordt.AsyncActor):
         return [world.rank, world.size, self.comm.rank, self.comm.size]
 
     async def allreduce(self) -> float:
-        import numpy  # noqa: PLC0415
+        import numpy as np  # noqa: PLC0415
         from mpi4py import MPI  # noqa: PLC0415
 
-        values = numpy.full(1000, float(MPI.COMM_WORLD.rank))
+        values = np.full(1000, float(MPI.COMM_WORLD.rank))
         await asyncio.to_thread(self.comm.Allreduce, MPI.IN_PLACE, values)
         return float(values.sum())
 
@@ -109,7 +115,7 @@ async def death(how: str) -> dict[str, Any]:
     if how == "killed":
         await world.init_mpi()
     about = await members[0].about.remote()
-    print("RESULT", json.dumps({"pid": about["pid"]}), flush=True)
+    tell({"pid": about["pid"]})
     members[0].die.remote(how)
     await asyncio.Event().wait()
     return {}
@@ -119,7 +125,7 @@ async def interrupted() -> dict[str, Any]:
     world = aiordt.mpi.world()
     await world.spawn(Actor, 1)
     await world.init_mpi()
-    print("RESULT", json.dumps({"script": os.getpid()}), flush=True)
+    tell({"script": os.getpid()})
     await asyncio.Event().wait()
     return {}
 
@@ -127,11 +133,14 @@ async def interrupted() -> dict[str, Any]:
 def main() -> None:
     name, *args = sys.argv[1:]
     if name == "bare":  # neither Ray nor MPI
-        print("RESULT", json.dumps({"argv": sys.argv[1:]}), flush=True)
+        tell({"argv": args})
         sys.exit(5)
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
-    scenario = {"whole": whole, "death": death, "interrupted": interrupted}[name]
-    print("RESULT", json.dumps(asyncio.run(scenario(*args))), flush=True)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    else:
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
+    scenarios: dict[str, Any] = {"whole": whole, "death": death, "interrupted": interrupted}
+    tell(asyncio.run(scenarios[name](*args)))
     if name == "whole":
         ray.shutdown()
         sys.exit(3)
