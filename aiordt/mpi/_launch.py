@@ -8,6 +8,8 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -17,7 +19,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiordt._errors import UsageError
 from aiordt.mpi._hub import Hub, State
@@ -45,6 +47,7 @@ _DEATH_SECONDS: Final = 5.0
 #: From a signal until the ranks that do not heed it are killed.
 _GRACE_SECONDS: Final = 15.0
 _KILL_SECONDS: Final = 5.0
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +208,7 @@ class _Launch:
                 *mpiexec_line(self._command, flavour(version)),
                 env=environment_for(self._command, f"{address},{port},{self._hub.key}", os.environ),
                 start_new_session=True,  # a terminal's Ctrl-C is for us, and we tell the script
+                preexec_fn=functools.partial(_end_with_parent, ctypes.CDLL(None)),
             )
             try:
                 status = await self._attend(process)
@@ -269,6 +273,11 @@ class _Launch:
         await asyncio.sleep(_END_SECONDS)
         left = [str(each) for each in self._hub.members.values() if each.state is not State.ENDED]
         say(f"killed, since the script has ended and they have not: {', '.join(left) or 'mpiexec'}")
+
+
+def _end_with_parent(libc: Any) -> None:  # noqa: ANN401
+    """Let the kernel end this process when the launcher is killed; it passes that on."""
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 async def _version(mpiexec: str) -> str:
