@@ -37,6 +37,7 @@ class Member(aiordt.AsyncActor):
             "parent": parent_name(),
             "world": os.environ["AIORDT_MPI_WORLD"],
             "secret": [name for name in os.environ if name.startswith("AIORDT_MPI_")],
+            "node": ray.get_runtime_context().get_node_id(),
             "variable": os.environ.get("MEMBER_VARIABLE"),
         }
 
@@ -130,6 +131,19 @@ async def interrupted() -> dict[str, Any]:
     return {}
 
 
+async def hosts() -> dict[str, Any]:
+    world = aiordt.mpi.world()
+    members = await world.spawn(Actor, 3)
+    await world.init_mpi()
+    ranks = [1, 2, 3]
+    return {
+        "ranks": [[r.rank, r.pid, r.node_id] for r in world.ranks],
+        "about": await asyncio.gather(*[each.about.remote() for each in members]),
+        "joined": await asyncio.gather(*[each.join.remote(ranks) for each in members]),
+        "sums": await asyncio.gather(*[each.allreduce.remote() for each in members]),
+    }
+
+
 def main() -> None:
     name, *args = sys.argv[1:]
     if name == "bare":  # neither Ray nor MPI
@@ -139,8 +153,9 @@ def main() -> None:
         ray.init(logging_level="ERROR", log_to_driver=False)
     else:
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
-    scenarios: dict[str, Any] = {"whole": whole, "death": death, "interrupted": interrupted}
-    tell(asyncio.run(scenarios[name](*args)))
+    scenarios: list[Any] = [whole, death, interrupted, hosts]
+    chosen = next(each for each in scenarios if each.__name__ == name)
+    tell(asyncio.run(chosen(*args)))
     if name == "whole":
         ray.shutdown()
         sys.exit(3)

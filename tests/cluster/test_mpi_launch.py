@@ -46,7 +46,9 @@ class Job:
             options += ["--mpiexec", str(OPEN_MPI), "--allow-run-as-root", "--oversubscribe"]
         self._mark = f"MPI_TEST_MARK={secrets.token_hex(8)}"
         inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith("RAY_")
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("RAY_") or name.startswith("RAY_AUTH")
         }
         name, _, value = self._mark.partition("=")
         inherited |= {**worker.environment(), "PYTHONPATH": str(ROOT), name: value, **environment}
