@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aiordt import _ray
 from aiordt._errors import UsageError
 from aiordt.mpi._link import Link, inherited
-from aiordt.mpi._rank import HOOK, REFUSED
+from aiordt.mpi._rank import HOOK, REFUSED, WORLD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,8 @@ def begin() -> None:
         return
     number = inherited()
     if number is not None:
-        Link(socket.socket(fileno=number), {}, _leave).start()
+        size = int(os.environ[WORLD].split(":")[2])
+        Link(socket.socket(fileno=number), size, {}, _leave).start()
     hook = os.environ.pop(HOOK, None)
     if hook is not None:
         _ray.run_hook(hook)

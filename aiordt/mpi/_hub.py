@@ -1,8 +1,8 @@
 """Where the ranks of a world meet: in the launcher, which tells them when MPI begins and ends.
 
 Invariants:
-    MPI-6  MPI is initialised only when every rank can do so at once, and refused as soon as one
-           cannot: a rank that has ended is not waited for.
+    MPI-6  MPI is initialised only when every rank has said that it can do so at once, with the
+           same library, and refused as soon as one cannot: none is waited for that has ended.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class State(Enum):
     STARTING = auto()  # the script, which has not asked for its world; a worker that starts
     WAITING = auto()
     READY = auto()  # the script or a worker, which listens
+    PREPARED = auto()  # the MPI library is loaded
     INITIALISED = auto()
     ENDED = auto()
 
@@ -49,6 +50,8 @@ class Member:
     writer: asyncio.StreamWriter
     state: State = State.STARTING
     adopted: bool = False
+    asked: bool = False
+    library: str = ""
 
     @override
     def __str__(self) -> str:
@@ -70,12 +73,14 @@ class Hub:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     key: str = field(default_factory=lambda: secrets.token_hex(16))
     members: dict[int, Member] = field(default_factory=dict)
-    #: The first rank that ended before the world did.
-    lost: Member | None = None
-    #: Set as soon as a rank is lost.
+    #: What the first rank came to that ended, or failed, before the world did.
+    trouble: str = ""
+    #: Set as soon as an actor's rank is lost.
     broken: asyncio.Event = field(default_factory=asyncio.Event)
     #: Set when rank 0 has asked for the end, or is gone.
     ending: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Set when rank 0 is gone.
+    script_gone: asyncio.Event = field(default_factory=asyncio.Event)
     _wanted: bool = False
     _begun: bool = False
     _refusal: str | None = None
@@ -150,15 +155,19 @@ class Hub:
                 case "end", _:
                     self.end()
                 case _, "adopted":
-                    member.state, member.adopted = State.STARTING, True
+                    member.state, member.adopted, member.asked = State.STARTING, True, False
                 case _, "waiting":
                     member.state = State.WAITING
                 case _, "ready":
                     member.state = State.READY
+                case _, "prepared":
+                    member.state, member.library = State.PREPARED, message["library"]
                 case _, "initialised":
                     member.state = State.INITIALISED
                 case _, "failed":
-                    self._refuse(f"{member} could not initialise MPI: {message['error']}")
+                    self._refuse(f"{member} cannot initialise MPI: {message['error']}")
+                    if self._begun:  # others wait for it, in MPI
+                        self._break(f"{member} failed to initialise MPI: {message['error']}")
                 case _:
                     pass  # "ended": the connection will, too
             self._go_on()
@@ -190,16 +199,37 @@ class Hub:
     def _go_on(self) -> None:
         """Do what can be done by now."""
         if self._wanted and not self._begun and self._refusal is None:
-            states = [member.state for member in self.members.values()]
-            if len(states) == self.size and set(states) <= {State.WAITING, State.READY}:
-                self._begun = True
-                self._tell({"do": "init"})
+            self._begin()
         elif self._begun and self._refusal is None and not self.ending.is_set() and self._up():
             self._tell({"do": "up"})
         if self.ending.is_set() and 0 in self.members:
             others = [each for each in self._others() if each.rank != 0]
             if not others and self.members[0].state is not State.ENDED:
                 _write(self.members[0].writer, {"do": "ended"})
+
+    def _begin(self) -> None:
+        """Let all ranks load MPI, and when they have, initialise it."""
+        members = self.members.values()
+        states = {member.state for member in members}
+        if len(members) < self.size or State.STARTING in states:
+            return
+        for member in members:
+            if member.state is not State.PREPARED and not member.asked:
+                member.asked = True
+                _write(member.writer, {"do": "prepare"})
+        if states != {State.PREPARED}:
+            return
+        libraries = {member.library: member for member in members}
+        if len(libraries) > 1:
+            said = "; ".join(f"{member}: {name}" for name, member in libraries.items())
+            self._refuse(f"the ranks have different MPI libraries: {said}")
+            return
+        self._begun = True
+        self._tell({"do": "init"})
+
+    def _break(self, trouble: str) -> None:
+        self.trouble = self.trouble or trouble
+        self.broken.set()
 
     def end(self) -> None:
         """Let all ranks finalise MPI and end."""
@@ -211,13 +241,12 @@ class Hub:
         """A rank's process has ended, or is about to."""
         member.state = State.ENDED
         if not self.ending.is_set():
-            if self.lost is None:
-                self.lost = member
             self._refuse(f"{member} has ended")
-            if member.rank == 0:
-                self.end()
-            else:
-                self.broken.set()
+            if member.rank != 0:
+                self._break(f"{member} died, and with it the job, as MPI has it")
+        if member.rank == 0:
+            self.script_gone.set()
+            self.end()
         self._go_on()
 
 

@@ -239,16 +239,13 @@ class _Launch:
 
     def _status(self, status: int | None) -> int:
         """The launcher's own, given mpiexec's, which is ``None`` if it must be killed."""
-        lost = self._hub.lost
         if self._signal is not None:
             return 128 + self._signal
         if status is not None and status < 0:
             status = 128 - status
-        if status != 0 and lost is not None and lost.rank != 0:
-            say(
-                f"{lost} died, and with it the job, as MPI has it"
-                + ("" if status is None else f"; mpiexec says: exit status {status}")
-            )
+        if status != 0 and self._hub.trouble:
+            told = "" if status is None else f"; mpiexec says: exit status {status}"
+            say(f"{self._hub.trouble}{told}")
         return 1 if status is None else status
 
     async def _heed_signals(self, process: asyncio.subprocess.Process) -> None:
@@ -269,10 +266,15 @@ class _Launch:
         await asyncio.sleep(_DEATH_SECONDS)
 
     async def _watch_end(self) -> None:
+        """Wait until the ranks are late that should have ended by themselves."""
         await self._hub.ending.wait()
         await asyncio.sleep(_END_SECONDS)
-        left = [str(each) for each in self._hub.members.values() if each.state is not State.ENDED]
-        say(f"killed, since the script has ended and they have not: {', '.join(left) or 'mpiexec'}")
+        members = self._hub.members.values()
+        left = [str(each) for each in members if each.rank and each.state is not State.ENDED]
+        if not left:
+            await self._hub.script_gone.wait()  # it may go on without them
+            await asyncio.sleep(_END_SECONDS)
+        say(f"killed, since the world has ended and they have not: {', '.join(left) or 'mpiexec'}")
 
 
 def _end_with_parent(libc: Any) -> None:  # noqa: ANN401

@@ -20,7 +20,15 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from aiordt._errors import AiordtError, ClosedError, UnavailableError
-from aiordt.mpi._rank import HUB_FD, LAUNCHED, of_rank, send_line, unlink_segments
+from aiordt.mpi._rank import (
+    HUB_FD,
+    LAUNCHED,
+    hold_mpi,
+    load_mpi,
+    of_rank,
+    send_line,
+    unlink_segments,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -34,6 +42,7 @@ class Link:
 
     Args:
         sock: The connection.
+        size: How many ranks the world has.
         environment: What mpiexec told this rank, if it is not in the environment.
         on_end: Called, on the thread, once MPI is finalised, or the launcher gone.
     """
@@ -44,34 +53,31 @@ class Link:
     def __init__(
         self,
         sock: socket.socket,
+        size: int,
         environment: Mapping[str, str],
         on_end: Callable[[bool], None],
     ) -> None:
         sock.set_inheritable(False)
         self._sock = sock
         self._lines = sock.makefile("rb")
+        self._size = size
         self._environment = dict(environment)
         self._on_end = on_end
         self._sending = threading.Lock()
         self._up = threading.Event()
         self._ended = threading.Event()
         self._error: AiordtError | None = None
-        self._initialised_here = False
+        self._mpi: Any = None
+        self._initialised = False
         self._callbacks: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="aiordt-mpi-link", daemon=True)
 
     def start(self) -> None:
         """Begin to listen."""
         Link.current = self
+        hold_mpi()
         self._say("ready")
         self._thread.start()
-
-    def read(self) -> Any:  # noqa: ANN401
-        """The next message, before `start`."""
-        line = self._lines.readline()
-        if not line:
-            raise ClosedError("the launcher of this MPI world is gone")
-        return json.loads(line)
 
     def initialise(self) -> None:
         """Let all ranks initialise MPI; returns when they have. Blocks; idempotent.
@@ -129,13 +135,19 @@ class Link:
 
     def _obey(self, message: dict[str, Any]) -> None:
         match message["do"]:
-            case "init":
+            case "prepare":
                 try:
-                    self._initialise()
+                    self._mpi = load_mpi()
                 except Exception as exc:  # noqa: BLE001  (others wait for the answer)
-                    self._say("failed", error=f"{type(exc).__name__}: {exc}")
+                    self._say("failed", error=f"{exc}")
                 else:
+                    self._say("prepared", library=self._mpi.Get_library_version())
+            case "init":
+                wrong = self._initialise()
+                if wrong is None:
                     self._say("initialised")
+                else:
+                    self._say("failed", error=wrong)
             case "up":
                 unlink_segments()
                 self._up.set()
@@ -148,33 +160,29 @@ class Link:
             self._error = error
             self._up.set()
 
-    def _initialise(self) -> None:
-        """Initialise MPI, unless the user's code did."""
-        import mpi4py  # noqa: PLC0415  (only now it is needed)
-
+    def _initialise(self) -> str | None:
+        """Initialise MPI; what is wrong with the world that came of it."""
         with _set(self._environment):
-            mpi4py.rc.initialize = mpi4py.rc.finalize = False
-            from mpi4py import MPI  # noqa: PLC0415  (only now it is needed)
-
-            if not MPI.Is_initialized():
-                # mpi4py holds Python's lock in MPI_Init_thread (MPI-4).
-                library = ctypes.CDLL(MPI.__file__)
-                level = ctypes.c_int()
-                library.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(level))
-            self._initialised_here = True
+            # mpi4py holds Python's lock in MPI_Init_thread (MPI-4).
+            library, level = ctypes.CDLL(self._mpi.__file__), ctypes.c_int()
+            library.MPI_Init_thread(None, None, self._mpi.THREAD_MULTIPLE, ctypes.byref(level))
+        self._initialised = True
         # An MPI program that this process starts is not its rank.
         for name in of_rank(dict(os.environ), LAUNCHED):
             del os.environ[name]
+        if level.value < self._mpi.THREAD_MULTIPLE:
+            return "the library does not support MPI_THREAD_MULTIPLE"
+        size = self._mpi.COMM_WORLD.Get_size()
+        if size != self._size:
+            return f"its world has {size} ranks: mpiexec and mpi4py are of different MPIs"
+        return None
 
     def _finalise(self) -> None:
-        if not self._initialised_here:
+        if not self._initialised or self._mpi.Is_finalized():
             return
         for callback in self._callbacks:
             callback()
-        from mpi4py import MPI  # noqa: PLC0415  (it is loaded)
-
-        if not MPI.Is_finalized():
-            ctypes.CDLL(MPI.__file__).MPI_Finalize()
+        ctypes.CDLL(self._mpi.__file__).MPI_Finalize()
 
 
 @contextmanager

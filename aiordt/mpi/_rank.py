@@ -198,6 +198,29 @@ def unlink_segments() -> None:
                 Path(_SEGMENT + path).unlink()
 
 
+def hold_mpi() -> None:
+    """Let ``from mpi4py import MPI`` neither initialise MPI nor, later, finalise it."""
+    with suppress(ImportError):
+        import mpi4py  # noqa: PLC0415  (optional)
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+
+
+def load_mpi() -> Any:  # noqa: ANN401
+    """The module ``mpi4py.MPI``, not initialised.
+
+    Raises:
+        ImportError: There is no mpi4py.
+        RuntimeError: It finds no MPI library, or MPI is initialised.
+    """
+    hold_mpi()
+    from mpi4py import MPI  # noqa: PLC0415  (optional, and loads the library)
+
+    if MPI.Is_initialized():
+        raise RuntimeError("code in it has initialised MPI itself")
+    return MPI
+
+
 class Waiting:
     """A rank that waits: to be adopted, to initialise MPI where it is, or for the end."""
 
@@ -209,6 +232,7 @@ class Waiting:
         self._door.bind(socket_name(world["token"], rank))
         self._door.listen()
         self._mpi: Any = None
+        self._initialised = False
 
     def run(self) -> NoReturn:
         """Wait; ends as another program, or ends the process."""
@@ -226,25 +250,29 @@ class Waiting:
             message = read_line(self._hub)
         except (EOFError, ConnectionError):
             sys.exit(f"rank {self._rank}: the launcher of this MPI world is gone")
-        if message["do"] == "init":
-            self._initialise()
+        if message["do"] == "prepare":
+            self._prepare()
+        elif message["do"] == "init":
+            self._mpi.Init_thread()
+            self._initialised = True
+            send_line(self._hub, {"say": "initialised"})
         elif message["do"] == "up":
             unlink_segments()
         elif message["do"] == "end":
-            if self._mpi is not None:
+            if self._initialised:
                 self._mpi.Finalize()
             send_line(self._hub, {"say": "ended"})
             sys.exit(0)
 
-    def _initialise(self) -> None:
-        """Initialise MPI here, since the other ranks cannot without this one."""
-        import mpi4py  # noqa: PLC0415  (few ranks come here)
-
-        mpi4py.rc.finalize = False
-        from mpi4py import MPI  # noqa: PLC0415  (initialises it)
-
-        self._mpi = MPI
-        send_line(self._hub, {"say": "initialised"})
+    def _prepare(self) -> None:
+        """Load MPI here, since the other ranks cannot initialise it without this one."""
+        try:
+            self._mpi = load_mpi()
+        except (ImportError, RuntimeError) as exc:
+            send_line(self._hub, {"say": "failed", "error": str(exc)})
+        else:
+            library = self._mpi.Get_library_version()
+            send_line(self._hub, {"say": "prepared", "library": library})
 
     def _asked(self) -> None:
         """A process of this host wants this one to become a worker."""
@@ -259,7 +287,7 @@ class Waiting:
             try:
                 if not line.endswith(b"\n") or len(descriptors) != 3:
                     return
-                if self._mpi is not None:
+                if self._initialised:
                     refusal = "MPI was initialised in it before an actor was made with it"
                     send_line(shim, {"refused": refusal})
                     return

@@ -15,7 +15,7 @@ from aiordt import _ray
 from aiordt._errors import InvalidValueError, UsageError
 from aiordt._progress import Workers, run_all
 from aiordt.mpi._link import Link, inherited
-from aiordt.mpi._rank import STASH
+from aiordt.mpi._rank import STASH, read_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -193,10 +193,11 @@ class _Script:
 
     def __init__(self, number: int) -> None:
         stash = json.loads(os.environ.pop(STASH))
-        self.link = Link(socket.socket(fileno=number), stash, lambda _orderly: None)
-        told = self.link.read()
+        sock = socket.socket(fileno=number)
+        told = read_line(sock)
         self.token: str = told["token"]
         self.ranks: list[dict[str, Any]] = told["ranks"]
+        self.link = Link(sock, len(self.ranks), stash, lambda _orderly: None)
         self.workers = Workers("aiordt-mpi", 2)
         self._used = {0}
         self._lock = threading.Lock()

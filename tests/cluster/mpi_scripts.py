@@ -19,7 +19,7 @@ import aiordt
 import aiordt.mpi
 
 
-def tell(found: dict[str, Any]) -> None:
+def tell(found: Any) -> None:
     print("RESULT", json.dumps(found), flush=True)  # noqa: T201
 
 
@@ -40,6 +40,11 @@ class Member(aiordt.AsyncActor):
             "node": ray.get_runtime_context().get_node_id(),
             "variable": os.environ.get("MEMBER_VARIABLE"),
         }
+
+    async def imported(self) -> bool:
+        from mpi4py import MPI  # noqa: PLC0415
+
+        return bool(MPI.Is_initialized())
 
     async def join(self, ranks: list[int]) -> list[int]:
         """Make a communicator of some ranks, by mpi4py."""
@@ -98,6 +103,7 @@ async def whole() -> dict[str, Any]:
     found["about"] = await asyncio.gather(*[each.about.remote() for each in members])
     found["twice"] = await refusal(lambda: PlainActor.options(**world.worker(1)).remote())
     found["again"] = await refusal(lambda: PlainActor.options(**first_options).remote())
+    found["early"] = await asyncio.gather(*[each.imported.remote() for each in members])
     await world.init_mpi()
     found["joined"] = await asyncio.gather(*[each.join.remote([1, 2]) for each in members])
     found["sums"] = await asyncio.gather(*[each.allreduce.remote() for each in members])
@@ -131,6 +137,16 @@ async def interrupted() -> dict[str, Any]:
     return {}
 
 
+async def selfish() -> str:
+    """The script has initialised MPI itself, before it asked for its world."""
+    world = aiordt.mpi.world()
+    try:
+        await world.init_mpi()
+    except aiordt.UnavailableError as exc:
+        return exc.reason
+    return "initialised"
+
+
 async def hosts() -> dict[str, Any]:
     world = aiordt.mpi.world()
     members = await world.spawn(Actor, 3)
@@ -149,11 +165,13 @@ def main() -> None:
     if name == "bare":  # neither Ray nor MPI
         tell({"argv": args})
         sys.exit(5)
+    if name == "selfish":
+        from mpi4py import MPI  # noqa: F401, PLC0415
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level="ERROR", log_to_driver=False)
     else:
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
-    scenarios: list[Any] = [whole, death, interrupted, hosts]
+    scenarios: list[Any] = [whole, death, interrupted, selfish, hosts]
     chosen = next(each for each in scenarios if each.__name__ == name)
     tell(asyncio.run(chosen(*args)))
     if name == "whole":

@@ -55,10 +55,9 @@ class Job:
         command = ["-m", "aiordt.mpi", "run", *options, "--", str(SCRIPTS), *script]
         self.program = Program([sys.executable, *command], inherited)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Any:
         """What the script says next."""
-        found: dict[str, Any] = json.loads(self.program.expect("RESULT", seconds=_SECONDS))
-        return found
+        return json.loads(self.program.expect("RESULT", seconds=_SECONDS))
 
     def end(self) -> tuple[int, str]:
         """Its exit status and all that it said."""
@@ -130,6 +129,7 @@ async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-5
     assert "is used already" in found["twice"]
     assert found["again"].startswith("died: ")
     assert "cannot become rank 1" in found["again"]
+    assert found["early"] == [False, False], "to import mpi4py.MPI waits for nobody"
     assert found["joined"] == [[1, 4, 0, 2], [2, 4, 1, 2]]
     assert found["sums"] == [3000.0, 3000.0]
     assert found["late"].startswith("died: ")
@@ -156,7 +156,16 @@ async def test_a_dead_rank_ends_the_job(  # MPI-7
     assert "Traceback" not in output.partition("an actor) died")[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_mpi_that_the_script_initialised_is_refused(shared: dict[str, str]) -> None:  # MPI-6
+    before = segments()
+    with job(MPICH, "selfish", environment=shared) as run:
+        assert "code in it has initialised MPI itself" in run.result()
+        status, output = run.end()
+        await nothing_left(run, before)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("mpi", MPIS)
 async def test_a_signal_ends_everything(
     mpi: str, number: signal.Signals, shared: dict[str, str]
@@ -167,4 +176,4 @@ async def test_a_signal_ends_everything(
         os.kill(run.program._process.pid, number)
         status, output = run.end()
         await nothing_left(run, before)
-    assert status == 128 + number, output
+    assert status == (-9 if number == signal.SIGKILL else 128 + number), output

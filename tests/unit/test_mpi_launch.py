@@ -21,7 +21,7 @@ from aiordt.mpi._hub import Hub
 from aiordt.mpi._link import inherited
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 RANK = str(Path(_rank.__file__))
 THIS = __file__
@@ -254,10 +254,12 @@ class Served:
     def __init__(self, hub: Hub, port: int) -> None:
         self.hub = hub
         self.port = port
+        self.peers: list[Peer] = []
 
     async def join(self, rank: int, key: str | None = None) -> Peer:
         """Say hello as a rank."""
         peer = Peer(*await asyncio.open_connection("127.0.0.1", self.port))
+        self.peers.append(peer)
         theirs, ours = (await peer.told())["nonce"], "ours"
         hello = {"rank": rank, "host": "h", "pid": 100 + rank, "addresses": [], "shim": []}
         proof = _rank.proof(key or self.hub.key, "rank", theirs, ours)
@@ -278,10 +280,13 @@ class Served:
 async def serving(size: int) -> AsyncIterator[Served]:
     hub = Hub(size)
     server = await asyncio.start_server(hub.serve, "127.0.0.1", 0)
+    served = Served(hub, server.sockets[0].getsockname()[1])
     try:
-        yield Served(hub, server.sockets[0].getsockname()[1])
+        yield served
     finally:
         server.close()
+        for peer in served.peers:
+            peer.writer.close()
         await hub.aclose()
 
 
@@ -315,42 +320,72 @@ async def test_a_rank_does_not_believe_another_hub() -> None:  # MPI-2
             await asyncio.to_thread(_rank.join, f"127.0.0.1,{port},key", hello)
 
 
+async def prepared(peers: Sequence[Peer], *libraries: str) -> None:
+    for peer, library in zip(peers, libraries, strict=True):
+        assert await peer.told() == {"do": "prepare"}
+        peer.tell(say="prepared", library=library)
+
+
 async def test_mpi_begins_when_every_rank_can() -> None:  # MPI-6
     async with serving(3) as served:
-        script, worker, waiting = await served.all("ready", "adopted", "waiting")
+        peers = script, worker, _ = await served.all("ready", "adopted", "waiting")
         worker.tell(ask="init")
         worker.tell(say="ready")  # it starts only now
-        for peer in (script, worker, waiting):
+        await prepared(peers, "a", "a", "a")
+        for peer in peers:
             assert await peer.told() == {"do": "init"}
             peer.tell(say="initialised")
-        for peer in (script, worker, waiting):
+        for peer in peers:
             assert await peer.told() == {"do": "up"}
         script.tell(ask="init")
         assert await script.told() == {"do": "up"}
 
 
+async def test_a_rank_may_become_a_worker_while_mpi_begins() -> None:  # MPI-6
+    async with serving(2) as served:
+        peers = script, waiting = await served.all("ready", "waiting")
+        script.tell(ask="init")
+        assert await waiting.told() == {"do": "prepare"}
+        waiting.tell(say="adopted")
+        waiting.tell(say="ready")
+        await prepared(peers, "a", "a")
+        for peer in peers:
+            assert await peer.told() == {"do": "init"}
+
+
+async def test_ranks_with_different_libraries_are_refused() -> None:  # MPI-6
+    async with serving(2) as served:
+        peers = await served.all("ready", "waiting")
+        peers[0].tell(ask="init")
+        await prepared(peers, "MPICH 5", "Open MPI 5")
+        reason = (await peers[0].told())["reason"]
+        assert "MPICH 5" in reason
+        assert "rank 1 (host h, pid 101, unused): Open MPI 5" in reason
+        assert not served.hub.broken.is_set()
+
+
 async def test_a_rank_that_has_ended_is_not_waited_for() -> None:  # MPI-6
     async with serving(3) as served:
-        script, worker, waiting = await served.all("ready", "ready", "waiting")
+        _, worker, waiting = await served.all("ready", "ready", "waiting")
         waiting.writer.close()
         await asyncio.wait_for(served.hub.broken.wait(), 10)
-        assert served.hub.lost is not None
+        assert served.hub.trouble.startswith("rank 2 (host h, pid 102, unused) died")
         worker.tell(ask="init")
         told = await worker.told()
         assert told["do"] == "refused"
         assert "rank 2 (host h, pid 102, unused) has ended" in told["reason"]
-        assert script.reader.at_eof() is False
 
 
-async def test_a_rank_that_fails_refuses_for_all() -> None:  # MPI-6
+async def test_a_rank_that_cannot_load_mpi_refuses_for_all() -> None:  # MPI-6
     async with serving(2) as served:
         peers = await served.all("ready", "ready")
         peers[0].tell(ask="init")
         for peer in peers:
-            assert await peer.told() == {"do": "init"}
+            assert await peer.told() == {"do": "prepare"}
         peers[1].tell(say="failed", error="no library")
         for peer in peers:
             assert "no library" in (await peer.told())["reason"]
+        assert not served.hub.broken.is_set(), "the script may go on without MPI"
 
 
 async def test_the_end_is_told_to_all_and_awaited() -> None:  # MPI-5
@@ -363,7 +398,7 @@ async def test_the_end_is_told_to_all_and_awaited() -> None:  # MPI-5
         waiting.tell(say="ended")
         waiting.writer.close()
         assert await script.told() == {"do": "ended"}
-        assert served.hub.lost is None
+        assert not served.hub.trouble
 
 
 async def test_the_others_end_with_the_script() -> None:  # MPI-5
@@ -371,7 +406,7 @@ async def test_the_others_end_with_the_script() -> None:  # MPI-5
         script, waiting = await served.all("ready", "waiting")
         script.writer.close()
         assert await waiting.told() == {"do": "end"}
-        assert served.hub.lost is not None
+        assert served.hub.script_gone.is_set()
 
 
 # --- a waiting rank and the shim -------------------------------------------------------------
