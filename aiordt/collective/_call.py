@@ -23,7 +23,7 @@ from aiordt._memory import from_raw_bytes, view_memory
 from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
 from aiordt.collective._engine import UNTAGGED
-from aiordt.collective._kernels import array_of, reduce_arrays, reduce_pieces
+from aiordt.collective._kernels import Reduction, array_of, reduce_arrays
 from aiordt.collective._rules import (
     CUTTING,
     FROM_ROOT,
@@ -325,7 +325,7 @@ def _give(call: Call, each: Buffers, tails: Sequence[bytes], offset: int) -> Non
         reduce_arrays(call.op, sources, array, None)
     else:
         pieces = [from_raw_bytes(tail[low:high], out.shape, out.dtype) for tail in tails]
-        reduce_pieces(call.op, pieces, out, torch.empty(out.numel()))
+        Reduction(call.op, unit.dtype)(pieces, out, torch.empty(out.numel()))
 
 
 def _outcome(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from aiordt._memory import view_memory
+from aiordt.collective._rules import working_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,24 +40,37 @@ _TORCH: Final = {
 }
 
 
-def reduce_pieces(
-    op: str, sources: Sequence[torch.Tensor], out: torch.Tensor, scratch: torch.Tensor
-) -> None:
-    """Reduce flat tensors of equal size, in their order.
+class Reduction:
+    """Reduces flat tensors of one dtype.
 
     Args:
         op: The reduction.
-        sources: What to reduce.
-        out: Where the result goes; it may be one of the sources.
-        scratch: As many elements of `working_dtype`, which are overwritten.
+        dtype: Of what is reduced.
     """
-    if scratch.dtype is out.dtype:
-        reduce_arrays(op, [*map(array_of, sources)], array_of(out), array_of(scratch))
-        return
-    for start in range(0, out.numel(), _GRAIN):
-        stop = start + _GRAIN
-        pieces = [source[start:stop] for source in sources]
-        _reduce_wide(op, pieces, out[start:stop], scratch[start:stop])
+
+    def __init__(self, op: str, dtype: torch.dtype) -> None:
+        self._op = op
+        self._by_numpy = working_dtype(dtype) is dtype
+
+    def flat(self, tensor: torch.Tensor) -> Any:  # noqa: ANN401  (both can be sliced)
+        """A tensor in the form that is quickest: an array that does not keep it, or itself."""
+        return array_of(tensor) if self._by_numpy else tensor
+
+    def __call__(self, sources: Sequence[Any], out: Any, scratch: Any) -> None:  # noqa: ANN401
+        """Reduce what `flat` gave, or pieces of that, in their order.
+
+        Args:
+            sources: What to reduce; all of one size.
+            out: Where the result goes; it may be one of the sources.
+            scratch: As many elements of `working_dtype`, which are overwritten.
+        """
+        if self._by_numpy:
+            reduce_arrays(self._op, sources, out, scratch)
+            return
+        for start in range(0, out.numel(), _GRAIN):
+            stop = start + _GRAIN
+            pieces = [source[start:stop] for source in sources]
+            _reduce_wide(self._op, pieces, out[start:stop], scratch[start:stop])
 
 
 def array_of(flat: torch.Tensor) -> Array:
@@ -66,7 +80,7 @@ def array_of(flat: torch.Tensor) -> Array:
 
 
 def reduce_arrays(op: str, sources: Sequence[Array], out: Array, scratch: Array | None) -> None:
-    """As `reduce_pieces`; without ``scratch``, with new memory."""
+    """As a `Reduction` of arrays; without ``scratch``, with new memory."""
     function: Any = _NUMPY[op]
     total = sources[0]
     last = len(sources) - 1

@@ -41,6 +41,7 @@ from aiordt.collective._mesh import Mesh
 from aiordt.collective._requests import GONE, Requests
 from aiordt.collective._steps import Ended
 from aiordt.transports.cma import CmaLink
+from aiordt.transports.shm import ShmLink
 
 if TYPE_CHECKING:
     import socket
@@ -252,6 +253,17 @@ class Groups(Service):
             membership.links[rank] = link
         return ""
 
+    async def _share(self, membership: Membership, rank: int) -> ShmLink:
+        """The link to a member's shared memory.
+
+        Raises:
+            UnavailableError: There is none.
+        """
+        member = membership.members[rank]
+        _, link = await self._runtime.routes.find(member.address, member.owner, "shm")
+        assert isinstance(link, ShmLink)  # noqa: S101  (it was asked for)
+        return link
+
     async def _connect(self, membership: Membership, rank: int) -> None:
         address = membership.members[rank].address
         peer = self._runtime.routes.peer(address)
@@ -276,7 +288,7 @@ class Groups(Service):
         if engine is None:
             raise ProtocolViolationError("a group that has not met cannot start")
         membership.backend = backend
-        host = self._runtime.address.host
+        host, io = self._runtime.address.host, self._runtime.io
 
         def connect() -> None:
             # Not earlier: importing it takes a while, and others need no torch.distributed.
@@ -290,7 +302,9 @@ class Groups(Service):
                 membership.movers["cuda"] = NcclMover(engine, seconds)
 
         if backend == "shm":
-            membership.movers["cpu"] = DirectMover(engine, membership.links)
+            membership.movers["cpu"] = DirectMover(
+                engine, membership.links, lambda rank: self._share(membership, rank), io
+            )
         if backend == "gloo" or cuda:
             cancelled = Ended(closed=False, why=engine.said("starting it was cancelled"))
             await finish(self._workers.run(connect), lambda: engine.end(cancelled))

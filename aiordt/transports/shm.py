@@ -194,10 +194,19 @@ class ShmLink(DrawingLink, SharedLink):
 
     @override
     async def view(self, segment: int, address: int, nbytes: int) -> torch.Tensor:
+        if segment not in self._mappings:
+            await self._io.run(self._mapped(segment))
+        self._check_alive()
+        seen = self.view_nowait(segment, address, nbytes)
+        if seen is None:
+            raise self._failed("the owner has no such shared segment any more")
+        return seen
+
+    def view_nowait(self, segment: int, address: int, nbytes: int) -> torch.Tensor | None:
+        """As `view`, but ``None`` if the segment is not mapped yet; any thread."""
         mapping = self._mappings.get(segment)
         if mapping is None:
-            mapping = await self._io.run(self._mapped(segment))
-        self._check_alive()
+            return None
         here = mapping.translate(address, nbytes)
         return lent_tensor(here, nbytes, torch.uint8, mapping, mapping)  # SHM-2
 

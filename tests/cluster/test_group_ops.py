@@ -97,6 +97,47 @@ async def test_reductions_of_every_dtype(six: list[Any], backend: str) -> None:
             assert len(set(counts)) == 1
 
 
+def shared(t: torch.Tensor) -> torch.Tensor:
+    """It in shared memory, not where a segment begins."""
+    made = aiordt.empty(t.numel() + 3, dtype=t.dtype)[3:].view(t.shape)
+    return made.copy_(t)
+
+
+async def in_shared_memory(actor: Any, *memory: str) -> int:
+    g = actor.group("g")
+    rank, size = g.rank, g.size
+    mine = shared if memory[rank % 2] == "shared" else torch.clone
+    for dtype in (torch.float32, torch.bfloat16, torch.int16):
+        numel = elements(70_000, dtype)
+        theirs = [brought(other, numel, dtype) for other in range(size)]
+        want = reduced("sum", size, numel, dtype)
+        for _ in range(2):  # the second time, in memory that is mapped already
+            t = mine(theirs[rank])
+            same(await g.allreduce(t), want)
+            same(t, want)
+            t = mine(theirs[rank])
+            same(await g.allreduce(t, inplace=False), want)
+            same(await g.reducescatter(t), want.tensor_split(size)[rank])
+            got = await g.reduce(t, 1, inplace=False)
+            assert (got is None) == (rank != 1)
+            same(want if got is None else got, want)
+            for got, there in zip(await g.allgather(t), theirs, strict=True):
+                same(got, there)
+            cut = [there.tensor_split(size)[rank] for there in theirs]
+            same(await g.alltoall(t), torch.cat(cut))
+            same(await g.scatter(t if rank == 2 else None, 2), cut[2])
+            same(await g.broadcast(t, 1), theirs[1])
+    return aiordt.stats().mapped_bytes
+
+
+@pytest.mark.parametrize("memory", [("shared", "shared"), ("own", "shared")], ids=["all", "some"])
+async def test_tensors_in_shared_memory(six: list[Any], memory: tuple[str, str]) -> None:
+    """They are reduced where they are, whatever memory the others have."""
+    async with grouped(six[3:], "shm"):
+        mapped = await everywhere(six[3:], in_shared_memory, *memory)
+        assert all(mapped), mapped
+
+
 async def many_alike(actor: Any, backend: str) -> int:
     g = actor.group("g")
 

@@ -26,7 +26,7 @@ from aiordt._progress import Workers
 from aiordt.collective import _bundle, _call, _message
 from aiordt.collective._direct import DirectMover
 from aiordt.collective._engine import TO_RECEIVER, TO_SENDER, Engine
-from aiordt.collective._kernels import reduce_pieces
+from aiordt.collective._kernels import Reduction
 from aiordt.collective._mesh import Mesh
 from aiordt.collective._rules import (
     Descriptor,
@@ -95,14 +95,16 @@ def test_a_result_may_replace_any_source(dtype: torch.dtype, place: int) -> None
     sources = [torch.arange(70_000).remainder(50).to(dtype) + rank for rank in range(3)]
     want = sum((source.double() for source in sources), torch.zeros(70_000).double())
     scratch = torch.empty(70_000, dtype=working_dtype(dtype))
-    reduce_pieces("sum", sources, sources[place], scratch)
+    reduce = Reduction("sum", dtype)
+    flats = [reduce.flat(source) for source in sources]
+    reduce(flats, flats[place], reduce.flat(scratch))
     assert torch.equal(sources[place].double(), want.to(dtype).double())
 
 
 def test_half_precision_is_rounded_once() -> None:
     sources = [torch.tensor([256.0]).bfloat16(), *[torch.tensor([1.0]).bfloat16()] * 8]
     out = torch.empty(1, dtype=torch.bfloat16)
-    reduce_pieces("sum", sources, out, torch.empty(1))
+    Reduction("sum", torch.bfloat16)(sources, out, torch.empty(1))
     assert out.item() == 264.0, "added up in bfloat16, it would stay 256"
 
 
@@ -337,8 +339,8 @@ async def test_nobody_leaves_before_all_have_read(kind: str) -> None:  # OWN-1
     async with engines(2) as made:
         gate = threading.Event()
         movers = [
-            DirectMover(made[0], {1: Held(set_already())}),
-            DirectMover(made[1], {0: Held(gate)}),
+            mover(made[0], Held(set_already())),
+            mover(made[1], Held(gate)),
         ]
         tensors = [torch.full((numel,), float(rank)) for rank in range(2)]
 
@@ -356,6 +358,16 @@ async def test_nobody_leaves_before_all_have_read(kind: str) -> None:  # OWN-1
         await asyncio.wait_for(asyncio.gather(first, second), 10)
         if kind != "allgather":
             assert float(tensors[1][-1]) == {"broadcast": 0.0, "allreduce": 1.0}[kind]
+
+
+def mover(engine: Engine, link: CmaLink) -> DirectMover:
+    """One that is never asked for shared memory: the tensors are in none."""
+
+    async def share(rank: int) -> Any:
+        raise AssertionError(rank)
+
+    io: Any = None
+    return DirectMover(engine, {1 - engine.rank: link}, share, io)
 
 
 def set_already() -> threading.Event:
