@@ -1,7 +1,7 @@
 """Where the ranks of a world meet: in the launcher, which tells them when MPI begins and ends.
 
 Invariants:
-    MPI-6  MPI is initialised only when every rank has said that it can do so at once, with the
+    MPI-5  MPI is initialised only when every rank has said that it can do so at once, with the
            same library, and refused as soon as one cannot: none is waited for that has ended.
 """
 

@@ -1,7 +1,7 @@
 """``python -m aiordt.mpi run``: one mpiexec, whose ranks are the script and Ray's workers to be.
 
 Invariants:
-    MPI-7  When the launcher ends, nothing that it started goes on; its exit status is the
+    MPI-6  When the launcher ends, nothing that it started goes on; its exit status is the
            script's, or tells that a rank died, and then it says which.
 """
 

@@ -1,12 +1,11 @@
 """A process's connection to the launcher of its MPI world, in rank 0 and in adopted workers.
 
 MPI is initialised by all ranks of a world at once, or by none: the launcher, asked by one of them,
-tells all, those that wait to be adopted among them. So no rank waits for one that never comes.
+tells all, those that wait to be adopted among them. So no rank waits for one that never comes. It
+happens on a thread of its own, without Python's lock: no event loop stands still meanwhile.
 
 Invariants:
-    MPI-4  MPI is initialised and finalised on a thread of its own, without Python's lock: no
-           event loop stands still meanwhile.
-    MPI-5  The ranks of a world finalise MPI together, at its end, which is rank 0's.
+    MPI-4  The ranks of a world finalise MPI together, at its end, which is rank 0's.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class Link:
             raise self._error
 
     def end(self) -> None:
-        """End the world in order (MPI-5); returns when its other ranks have. Blocks; idempotent."""
+        """End the world in order (MPI-4); returns when its other ranks have. Blocks; idempotent."""
         if not self._ended.is_set():
             self._ask("end")
             self._ended.wait()
@@ -163,7 +162,7 @@ class Link:
     def _initialise(self) -> str | None:
         """Initialise MPI; what is wrong with the world that came of it."""
         with _set(self._environment):
-            # mpi4py holds Python's lock in MPI_Init_thread (MPI-4).
+            # mpi4py holds Python's lock in MPI_Init_thread.
             library, level = ctypes.CDLL(self._mpi.__file__), ctypes.c_int()
             library.MPI_Init_thread(None, None, self._mpi.THREAD_MULTIPLE, ctypes.byref(level))
         self._initialised = True

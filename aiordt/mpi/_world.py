@@ -72,8 +72,8 @@ class World:
                 ``label_selector``.
 
         Raises:
-            UsageError: The rank is in use, or its host has no Ray node.
-            InvalidValueError: There is no such rank, or an option cannot be had with MPI.
+            UsageError: The rank is in use, its host has no Ray node, there is no such rank, or an
+                option cannot be had with MPI.
         """
         script = _Script.get()
         if not 1 <= rank < self.size:
@@ -104,8 +104,7 @@ class World:
             The actors, in the order of their ranks.
 
         Raises:
-            UsageError: There are not so many free ranks.
-            InvalidValueError: An option cannot be had with MPI.
+            UsageError: There are not so many free ranks, or an option cannot be had with MPI.
             OwnerDiedError: One of them died at its start; says why.
         """
         script = _Script.get()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 import aiordt
 import aiordt.mpi
@@ -40,6 +41,10 @@ class Member(aiordt.AsyncActor):
             "node": ray.get_runtime_context().get_node_id(),
             "variable": os.environ.get("MEMBER_VARIABLE"),
         }
+
+    @aiordt.method
+    async def made(self) -> Any:
+        return torch.ones(100_000)
 
     async def imported(self) -> bool:
         from mpi4py import MPI  # noqa: PLC0415
@@ -99,6 +104,10 @@ async def whole() -> dict[str, Any]:
     (second,) = await world.spawn(Actor, 1)
     members = [first, second]
     found: dict[str, Any] = {"ranks": [[r.rank, r.pid, r.node_id] for r in world.ranks]}
+    ordinary = Actor.remote()  # it inherits what the script's environment has
+    found["pulled"] = [
+        float((await aiordt.get(await each.made.remote())).sum()) for each in [*members, ordinary]
+    ]
     found["own"] = os.getpid()
     found["about"] = await asyncio.gather(*[each.about.remote() for each in members])
     found["twice"] = await refusal(lambda: PlainActor.options(**world.worker(1)).remote())

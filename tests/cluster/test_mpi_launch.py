@@ -100,7 +100,7 @@ def segments() -> set[str]:
 
 
 @pytest.mark.parametrize("mpi", MPIS)
-async def test_a_script_that_uses_no_rank(mpi: str) -> None:  # MPI-7
+async def test_a_script_that_uses_no_rank(mpi: str) -> None:  # MPI-6
     before = segments()
     with job(mpi, "bare", "--flag", "x") as run:
         assert run.result() == {"argv": ["--flag", "x"]}
@@ -110,7 +110,7 @@ async def test_a_script_that_uses_no_rank(mpi: str) -> None:  # MPI-7
 
 
 @pytest.mark.parametrize("mpi", MPIS)
-async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-5
+async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-4
     before = segments()
     with job(mpi, "whole") as run:
         found = run.result()
@@ -129,6 +129,7 @@ async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-5
     assert "is used already" in found["twice"]
     assert found["again"].startswith("died: ")
     assert "cannot become rank 1" in found["again"]
+    assert found["pulled"] == [100_000.0] * 3
     assert found["early"] == [False, False], "to import mpi4py.MPI waits for nobody"
     assert found["joined"] == [[1, 4, 0, 2], [2, 4, 1, 2]]
     assert found["sums"] == [3000.0, 3000.0]
@@ -142,7 +143,7 @@ async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-5
 
 @pytest.mark.parametrize("mpi", MPIS)
 @pytest.mark.parametrize(("how", "expected"), [("killed", {9, 137}), ("exit", {1, 7})])
-async def test_a_dead_rank_ends_the_job(  # MPI-7
+async def test_a_dead_rank_ends_the_job(  # MPI-6
     mpi: str, how: str, expected: set[int], shared: dict[str, str]
 ) -> None:
     before = segments()
@@ -156,7 +157,7 @@ async def test_a_dead_rank_ends_the_job(  # MPI-7
     assert "Traceback" not in output.partition("an actor) died")[2]
 
 
-async def test_mpi_that_the_script_initialised_is_refused(shared: dict[str, str]) -> None:  # MPI-6
+async def test_mpi_that_the_script_initialised_is_refused(shared: dict[str, str]) -> None:  # MPI-5
     before = segments()
     with job(MPICH, "selfish", environment=shared) as run:
         assert "code in it has initialised MPI itself" in run.result()
@@ -169,7 +170,7 @@ async def test_mpi_that_the_script_initialised_is_refused(shared: dict[str, str]
 @pytest.mark.parametrize("mpi", MPIS)
 async def test_a_signal_ends_everything(
     mpi: str, number: signal.Signals, shared: dict[str, str]
-) -> None:  # MPI-7
+) -> None:  # MPI-6
     before = segments()
     with job(mpi, "interrupted", environment=shared) as run:
         run.result()

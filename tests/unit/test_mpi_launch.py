@@ -326,7 +326,7 @@ async def prepared(peers: Sequence[Peer], *libraries: str) -> None:
         peer.tell(say="prepared", library=library)
 
 
-async def test_mpi_begins_when_every_rank_can() -> None:  # MPI-6
+async def test_mpi_begins_when_every_rank_can() -> None:  # MPI-5
     async with serving(3) as served:
         peers = script, worker, _ = await served.all("ready", "adopted", "waiting")
         worker.tell(ask="init")
@@ -341,7 +341,7 @@ async def test_mpi_begins_when_every_rank_can() -> None:  # MPI-6
         assert await script.told() == {"do": "up"}
 
 
-async def test_a_rank_may_become_a_worker_while_mpi_begins() -> None:  # MPI-6
+async def test_a_rank_may_become_a_worker_while_mpi_begins() -> None:  # MPI-5
     async with serving(2) as served:
         peers = script, waiting = await served.all("ready", "waiting")
         script.tell(ask="init")
@@ -353,7 +353,7 @@ async def test_a_rank_may_become_a_worker_while_mpi_begins() -> None:  # MPI-6
             assert await peer.told() == {"do": "init"}
 
 
-async def test_ranks_with_different_libraries_are_refused() -> None:  # MPI-6
+async def test_ranks_with_different_libraries_are_refused() -> None:  # MPI-5
     async with serving(2) as served:
         peers = await served.all("ready", "waiting")
         peers[0].tell(ask="init")
@@ -364,7 +364,7 @@ async def test_ranks_with_different_libraries_are_refused() -> None:  # MPI-6
         assert not served.hub.broken.is_set()
 
 
-async def test_a_rank_that_has_ended_is_not_waited_for() -> None:  # MPI-6
+async def test_a_rank_that_has_ended_is_not_waited_for() -> None:  # MPI-5
     async with serving(3) as served:
         _, worker, waiting = await served.all("ready", "ready", "waiting")
         waiting.writer.close()
@@ -376,7 +376,7 @@ async def test_a_rank_that_has_ended_is_not_waited_for() -> None:  # MPI-6
         assert "rank 2 (host h, pid 102, unused) has ended" in told["reason"]
 
 
-async def test_a_rank_that_cannot_load_mpi_refuses_for_all() -> None:  # MPI-6
+async def test_a_rank_that_cannot_load_mpi_refuses_for_all() -> None:  # MPI-5
     async with serving(2) as served:
         peers = await served.all("ready", "ready")
         peers[0].tell(ask="init")
@@ -388,7 +388,7 @@ async def test_a_rank_that_cannot_load_mpi_refuses_for_all() -> None:  # MPI-6
         assert not served.hub.broken.is_set(), "the script may go on without MPI"
 
 
-async def test_the_end_is_told_to_all_and_awaited() -> None:  # MPI-5
+async def test_the_end_is_told_to_all_and_awaited() -> None:  # MPI-4
     async with serving(3) as served:
         script, worker, waiting = await served.all("ready", "ready", "waiting")
         script.tell(ask="end")
@@ -401,7 +401,7 @@ async def test_the_end_is_told_to_all_and_awaited() -> None:  # MPI-5
         assert not served.hub.trouble
 
 
-async def test_the_others_end_with_the_script() -> None:  # MPI-5
+async def test_the_others_end_with_the_script() -> None:  # MPI-4
     async with serving(2) as served:
         script, waiting = await served.all("ready", "waiting")
         script.writer.close()
@@ -467,7 +467,7 @@ def test_a_rank_ends_with_its_world_or_its_launcher(waiting: Any) -> None:
     assert process.wait(20) == 1
 
 
-def test_a_rank_that_is_not_used_ends_well(waiting: Any) -> None:  # MPI-5
+def test_a_rank_that_is_not_used_ends_well(waiting: Any) -> None:  # MPI-4
     _, process, hub = waiting
     _rank.send_line(hub, {"do": "end"})
     assert _rank.read_line(hub) == {"say": "ended"}
