@@ -41,7 +41,7 @@ Everything else before -- is for mpiexec.
 """
 
 #: From the end of the script to that of all ranks; else they are killed.
-_END_SECONDS: Final = 30.0
+_END_SECONDS: Final = 15.0
 #: Until the script has seen that an actor died; most mpiexecs end all ranks sooner.
 _DEATH_SECONDS: Final = 5.0
 #: From a signal until the ranks that do not heed it are killed.
