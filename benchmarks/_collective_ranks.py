@@ -32,6 +32,8 @@ REDUCESCATTER: Final = "reducescatter"
 KINDS: Final = (ALLREDUCE, BROADCAST, ALLGATHER, REDUCESCATTER)
 
 OURS: Final = ("shm", "gloo")
+#: By ``shm``, of tensors in shared memory.
+SHARED: Final = "shm, aiordt.empty"
 RAW: Final = "ProcessGroupGloo"
 RAY: Final = "ray.util.collective"
 
@@ -233,7 +235,8 @@ class _Rank:
     async def spans(self, name: str, kind: str, nbytes: int, count: int) -> Spans:
         """Time an operation; on zeros, whose sum stays what it is."""
         way = self.way(name)
-        tensor = torch.zeros(numel_of(kind, nbytes, way.size)).fill_(0)  # touches its pages
+        make = aiordt.empty if name == SHARED else torch.empty
+        tensor = make(numel_of(kind, nbytes, way.size)).fill_(0)  # touches its pages
         return await way.spans(kind, tensor, count)
 
     async def idle(self, seconds: float) -> list[float]:
@@ -245,7 +248,8 @@ class _Rank:
 
     async def lag(self, name: str, nbytes: int, count: int) -> list[float]:
         """Lateness of the loop while this rank is in an allreduce."""
-        call = self.way(name).call(ALLREDUCE, torch.zeros(nbytes // 4).fill_(0))
+        make = aiordt.empty if name == SHARED else torch.empty
+        call = self.way(name).call(ALLREDUCE, make(nbytes // 4).fill_(0))
         await call()
         self._heart.start()
         windows = []
@@ -268,7 +272,7 @@ class Member(aiordt.AsyncActor, _Rank):
     @override
     def way(self, name: str) -> _Way:
         if name != RAW:
-            return _Ours(self.group(name))
+            return _Ours(self.group("shm" if name == SHARED else name))
         if self._raw is None:
             raise RuntimeError("there is no process group")
         return self._raw

@@ -31,6 +31,7 @@ from benchmarks._collective_ranks import (
     OURS,
     RAW,
     RAY,
+    SHARED,
     Member,
     RayRank,
     expected,
@@ -134,7 +135,7 @@ def jobs(settings: Settings) -> list[Job]:
 
 def label(way: str) -> str:
     """How a way is shown."""
-    return f"aiordt {way}" if way in OURS else way
+    return f"aiordt {way}" if way in {*OURS, SHARED} else way
 
 
 def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -> Figures:
@@ -209,6 +210,8 @@ class _Lot:
         get([actor.pid.remote() for actor in (*self._members, *self._rays)])
         for way in OURS:
             self._make(way, functools.partial(self._form, way))
+        if "shm" in self._ways:
+            self._ways.append(SHARED)
         self._make(RAW, lambda: self._join(self._members, str(path)))
         self._make(RAY, lambda: self._join(self._rays))
         if why := _mpi_ranks.missing():
@@ -319,7 +322,7 @@ class _Lot:
         lags = [row for row in figures.rows if "p99" in row.facts]
         figures.rows = [row for row in figures.rows if row not in lags]
         for job in jobs(self._settings):
-            named = {label(way): self._series[job, way] for way in (*OURS, RAW, RAY, MPI)}
+            named = {label(way): self._series[job, way] for way in (*OURS, SHARED, RAW, RAY, MPI)}
             _add(figures, job.group(self._ranks), named)
         for nbytes in self._settings.ref_sizes:
             named = {name: self._of_refs[nbytes, name] for name in (REFS, BY_DRIVER, PLAIN)}

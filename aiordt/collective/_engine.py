@@ -66,12 +66,15 @@ class _Operation:
     """One call."""
 
     __slots__ = (
-        "deadline", "future", "key", "loop", "name", "others", "received", "running", "said",
-        "steps", "waiting",
+        "deadline", "future", "key", "light", "loop", "name", "others", "received", "running",
+        "said", "steps", "thread", "waiting",
     )  # fmt: skip
 
-    def __init__(self, key: _Key, name: object, others: Sequence[int], steps: Steps) -> None:
+    def __init__(
+        self, key: _Key, name: object, others: Sequence[int], steps: Steps, *, light: bool
+    ) -> None:
         self.key = key
+        self.light = light
         self.name = name
         self.others = others
         self.steps = steps
@@ -80,6 +83,7 @@ class _Operation:
         self.waiting = False  # for the others
         self.running = False  # some thread is at it
         self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
         self.future: asyncio.Future[Any] = self.loop.create_future()
         self.deadline: float | None = None
 
@@ -123,6 +127,7 @@ class Engine(Listener):
         self._news = threading.Condition()
         self._stops: list[Callable[[], None]] = []
         self._ready: deque[_Operation] = deque()
+        self._ready_here: deque[_Operation] = deque()
         self._told: Callable[[tuple[int, int]], None] = lambda _: None
         self._attending = 0  # inside how many operations the thread takes turns
         mesh.start(self)
@@ -171,7 +176,7 @@ class Engine(Listener):
             number = next(self._numbers[kind, other, lane])
             if numbered is not None:
                 numbered(number)
-            operation = _Operation((kind, other, lane, number), name, others, steps)
+            operation = _Operation((kind, other, lane, number), name, others, steps, light=light)
             if timeout is not None:
                 operation.deadline = time.monotonic() + timeout
                 heapq.heappush(self._deadlines, (operation.deadline, next(self._tick), operation))
@@ -186,6 +191,11 @@ class Engine(Listener):
             self.mesh.run(self._advance_ready)
         elif timeout is not None:
             self.mesh.wake()
+        if light and not operation.future.done() and self.mesh.borrow():
+            try:
+                return await operation.future
+            finally:
+                self.mesh.give_back()
         return await operation.future
 
     def _take(self, operation: _Operation, step: Step) -> None:
@@ -276,7 +286,7 @@ class Engine(Listener):
             left = self._arrived.get(operation.key)
             if left is not None and not any(left.values()):
                 del self._arrived[operation.key]
-        if self.mesh.on_thread or operation.loop is not _running_loop():
+        if operation.thread != threading.get_ident():
             post(operation.loop, settle, operation.future, result, exc)
         else:
             settle(operation.future, result, exc)
@@ -353,7 +363,7 @@ class Engine(Listener):
         self.mesh.close()
         self._on_end()
 
-    # --- on the thread ---------------------------------------------------------------------
+    # --- on the thread, or on the loop that reads ----------------------------------------------
 
     @override
     def received(self, rank: int, frame: Frame) -> None:
@@ -369,7 +379,10 @@ class Engine(Listener):
                 self._news.notify_all()
             return
         if kind == TURN:
-            self._told((lane, number))
+            if self.mesh.on_thread:
+                self._told((lane, number))
+            else:
+                self.mesh.run(lambda: self._told((lane, number)))
             return
         if kind == COLLECTIVE:
             key = (COLLECTIVE, -1, lane, number)
@@ -380,7 +393,8 @@ class Engine(Listener):
             operation = self._operations.get(key)
             if operation is not None and self._claim(operation):
                 # Not now: its thread may be in the middle of a frame.
-                self._ready.append(operation)
+                here = operation.light and not self.mesh.on_thread
+                (self._ready_here if here else self._ready).append(operation)
 
     @override
     def lost(self, rank: int, why: str) -> None:
@@ -421,6 +435,13 @@ class Engine(Listener):
         missing = ", ".join(map(self.label, late)) or "its transfers"
         why = f"{operation.name} timed out on rank {self.rank}, waiting for {missing}"
         self.end(Ended(closed=False, why=self.said(why)))
+
+    @override
+    def due_here(self) -> None:
+        while self._ready_here:
+            self._advance(self._ready_here.popleft())
+        if self._ready:
+            self.mesh.wake()
 
     def _advance_ready(self) -> None:
         """Go on with what was claimed, in that order: backends take calls as they come."""
@@ -475,10 +496,3 @@ class Engine(Listener):
             if missing:
                 raise TimeoutError(f"group {self.name!r}: {missing[0]!r} did not come")
             return [self._stored[key] for key in keys]
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

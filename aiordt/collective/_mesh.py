@@ -2,21 +2,34 @@
 
 Frames are small, and keep their order between two members. They are sent from whatever thread
 has something to say, so that a call costs no hop before its words are out; one thread sleeps
-until something arrives, and acts on it.
+until something arrives, and acts on it. While a loop only waits for what comes here, it reads
+by itself, which saves the way over the thread: 50 of some 300 µs on 2 cores. A loop that has
+become busy meanwhile loses the sockets to the thread again.
+
+The sockets are in one epoll descriptor, which two others watch: that of the thread, and that
+of the loop. Who reads is changed by a system call that wakes nobody.
+
+Invariants:
+    MSH-1  Frames of a member are read by one thread at a time, in their order.
+    MSH-2  While a loop has the sockets, the thread looks after them every `_LOOK_SECONDS`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import select
 import socket
 import struct
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiordt._progress import post
 from aiordt._types import KIB, MIB
 
 if TYPE_CHECKING:
@@ -26,6 +39,10 @@ _log = logging.getLogger(__name__)
 
 _HEADER: Final = struct.Struct("!IBqQ")
 _RECEIVE_NBYTES: Final = 256 * KIB
+#: How long a loop may have the sockets without a look of the thread ...
+_LOOK_SECONDS: Final = 0.01
+#: ... which goes on looking for so long after the last time: the next one may come soon.
+_LOOKING_SECONDS: Final = 1.0
 #: No frame is longer: payloads travel in pieces.
 MAX_FRAME: Final = 8 * MIB
 
@@ -54,7 +71,7 @@ class Frame(NamedTuple):
 
 
 class Listener(ABC):
-    """What the thread of a mesh reports to. All but the deadline is called on that thread."""
+    """What a mesh reports to, on its thread or on the loop that reads."""
 
     @abstractmethod
     def received(self, rank: int, frame: Frame) -> None:
@@ -66,11 +83,15 @@ class Listener(ABC):
 
     @abstractmethod
     def deadline(self) -> float | None:
-        """For how many seconds nothing is due; ``None``: for ever."""
+        """For how many seconds nothing is due; ``None``: for ever. On the thread."""
 
     @abstractmethod
     def due(self) -> None:
-        """Called after each turn, and when that time has passed."""
+        """Called after each turn of the thread, and when that time has passed."""
+
+    @abstractmethod
+    def due_here(self) -> None:
+        """Called on the loop after it has read."""
 
 
 class _Line:
@@ -110,18 +131,24 @@ class Mesh:
         self._closing = False
         self._ended = False
         self._buffer = bytearray(_RECEIVE_NBYTES)
-        self._poll = select.epoll()
-        self._files: dict[int, _Line | None] = {}
+        self._reading = threading.Lock()  # MSH-1
+        self._files = {line.sock.fileno(): line for line in self._lines.values()}
         for sock in (self._wake_reader, self._wake_writer, *socks.values()):
             sock.settimeout(0)
-        self._watch(self._wake_reader, None)
-        for line in self._lines.values():
-            self._watch(line.sock, line)
+        self._poll = select.epoll()
+        for number in self._files:
+            self._poll.register(number, select.EPOLLIN)
+        self._of_thread, self._of_loop = select.epoll(), select.epoll()
+        self._of_thread.register(self._wake_reader, select.EPOLLIN)
+        self._of_thread.register(self._poll.fileno(), select.EPOLLIN)
+        self._of_loop.register(self._poll.fileno(), 0)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._borrowing = threading.Lock()
+        self._borrowers = 0
+        self._borrowed_at: float | None = None
+        self._looks_until = 0.0
+        self._looks_at = math.inf  # the thread, the next time
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def _watch(self, sock: socket.socket, line: _Line | None) -> None:
-        self._files[sock.fileno()] = line
-        self._poll.register(sock, select.EPOLLIN)
 
     def start(self, listener: Listener) -> None:
         """Read until closed."""
@@ -181,6 +208,69 @@ class Mesh:
         if self._thread.ident is not None and not self.on_thread:
             self._thread.join(timeout)
 
+    # --- a loop that reads -------------------------------------------------------------------
+
+    def borrow(self) -> bool:
+        """Let the running loop read, until as many `give_back`, or until it is busy.
+
+        Returns:
+            Whether it may; otherwise there is nothing to give back.
+        """
+        now = time.monotonic()
+        self._looks_until = now + _LOOKING_SECONDS
+        with self._borrowing:
+            if self._ended or self._closing:
+                return False
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+                self._loop.add_reader(self._of_loop.fileno(), self._read_here)
+            elif self._loop is not asyncio.get_running_loop():
+                return False
+            if self._looks_at > now + 2 * _LOOK_SECONDS:  # MSH-2: from the next time on
+                self.wake()
+                return False
+            self._borrowers += 1
+            if self._borrowed_at is None:
+                self._borrowed_at = now
+                self._of_loop.modify(self._poll.fileno(), select.EPOLLIN)
+                self._of_thread.modify(self._poll.fileno(), 0)
+        return True
+
+    def give_back(self) -> None:
+        """End a `borrow`."""
+        with self._borrowing:
+            self._borrowers -= 1
+            if not self._borrowers:
+                self._take_back()
+
+    def _take_back(self) -> None:
+        """Let the thread read. Under the lock."""
+        if self._borrowed_at is not None and not self._ended:
+            self._borrowed_at = None
+            self._of_thread.modify(self._poll.fileno(), select.EPOLLIN)
+            self._of_loop.modify(self._poll.fileno(), 0)
+
+    def _read_here(self) -> None:
+        if not self._reading.acquire(blocking=False):
+            return  # the thread does, at this moment
+        try:
+            if not self._ended:
+                self._read_all()
+        except Exception:  # noqa: BLE001  (the group ends, and says so)
+            self._failed()
+        finally:
+            self._reading.release()
+        self._listener.due_here()
+
+    def _failed(self) -> None:
+        _log.exception("reading the messages of a group failed")
+        self._listener.lost(-1, "reading its messages failed")
+
+    def _leave_loop(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._of_loop.fileno())
+            self._of_loop.close()  # not earlier: the loop may take its number for another file's
+
     # --- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -188,16 +278,19 @@ class Mesh:
             while not self._closing:
                 self.turn(self._listener.deadline())
         except Exception:  # noqa: BLE001  (the group ends, and says so)
-            _log.exception("the thread of a group failed")
-            self._listener.lost(-1, "the thread of the group failed")
+            self._failed()
         finally:
-            for line in self._lines.values():
-                self._flush(line)
-                line.close()
-            self._lines = {}
-            self._poll.close()
-            with self._jobs_lock:
-                self._ended = True
+            with self._reading:
+                for line in self._lines.values():
+                    self._flush(line)
+                    line.close()
+                self._lines = {}
+                with self._borrowing, self._jobs_lock:
+                    self._ended = True
+                self._poll.close()
+                self._of_thread.close()
+            if self._loop is not None:
+                post(self._loop, self._leave_loop)
             while self._jobs:
                 self._jobs.popleft()()
             self._listener.due()
@@ -206,22 +299,43 @@ class Mesh:
 
     def turn(self, timeout: float | None) -> None:
         """Sleep until something happens, and act on it. On the thread."""
-        for number, events in self._poll.poll(timeout):
+        now = time.monotonic()
+        self._looks_at = math.inf  # before it is decided: `borrow` looks at it last
+        if self._borrowed_at is not None or now < self._looks_until:
+            timeout = _LOOK_SECONDS if timeout is None else min(timeout, _LOOK_SECONDS)
+            self._looks_at = now + timeout
+        for number, _ in self._of_thread.poll(timeout):
+            if number == self._poll.fileno():
+                with self._reading:
+                    self._read_all()
+                continue
+            with suppress(BlockingIOError):
+                self._wake_reader.recv(64)
+            # After it, lest it takes the byte of a later wake-up that then is lost; before
+            # looking for jobs, so that later ones wake again.
+            self._woken = False
+        self._look()
+        while self._jobs:
+            self._jobs.popleft()()
+        self._listener.due()
+
+    def _look(self) -> None:
+        """Take the sockets back from a loop that has had them for long: it may be busy."""
+        with self._borrowing:
+            since = self._borrowed_at
+            if since is not None and time.monotonic() - since > _LOOK_SECONDS:
+                self._take_back()
+
+    def _read_all(self) -> None:
+        """Act on what has arrived."""
+        for number, events in self._poll.poll(0):
             line = self._files.get(number)
             if line is None:
-                with suppress(BlockingIOError):
-                    self._wake_reader.recv(64)
-                # After it, lest it takes the byte of a later wake-up that then is lost; before
-                # looking for jobs, so that later ones wake again.
-                self._woken = False
                 continue
             if events & select.EPOLLOUT:
                 self._flush(line)
             if events & ~select.EPOLLOUT:
                 self._read(line)
-        while self._jobs:
-            self._jobs.popleft()()
-        self._listener.due()
 
     def _want_room(self, line: _Line) -> None:
         with line.lock:

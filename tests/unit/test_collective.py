@@ -320,6 +320,20 @@ async def test_a_peer_that_does_not_read_stops_nobody() -> None:
         await asyncio.wait_for(asyncio.gather(first(), second()), 20)
 
 
+async def test_a_loop_that_has_become_busy_keeps_nobody_waiting() -> None:  # MSH-2
+    async with engines(2) as made:
+        for _ in range(3):  # from the second time on, the loop reads by itself
+            await asyncio.gather(*[allreduced(each, torch.ones(2)) for each in made])
+        pending = asyncio.ensure_future(allreduced(made[0], torch.ones(2)))
+        await asyncio.sleep(0)
+        assert made[0].mesh._borrowed_at is not None, "the loop reads"
+        made[1].store("key", b"value")
+        # This blocks the loop until the thread has read what the other one says.
+        assert made[0].stored(["key"], 10) == [b"value"]
+        await allreduced(made[1], torch.ones(2))
+        await pending
+
+
 class Held(CmaLink):
     """Reads this very process, but not before it may."""
 
