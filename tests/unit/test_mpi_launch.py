@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aiordt import testing
 from aiordt._errors import InvalidValueError, UsageError
 from aiordt.mpi import _launch, _rank, _shim, _world, world
 from aiordt.mpi._hub import Hub
@@ -330,6 +331,8 @@ async def test_mpi_begins_when_every_rank_can() -> None:  # MPI-5
     async with serving(3) as served:
         peers = script, worker, _ = await served.all("ready", "adopted", "waiting")
         worker.tell(ask="init")
+        await testing.eventually(lambda: served.hub._wanted, what="the hub has heard it")
+        assert not any(member.asked for member in served.hub.members.values())
         worker.tell(say="ready")  # it starts only now
         await prepared(peers, "a", "a", "a")
         for peer in peers:
