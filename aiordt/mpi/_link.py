@@ -97,6 +97,11 @@ class Link:
             self._ask("end")
             self._ended.wait()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the world has."""
+        return self._ended.is_set()
+
     def before_finalise(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` on the link's thread before MPI is finalised."""
         self._callbacks.append(callback)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from aiordt import _ray
-from aiordt._errors import InvalidValueError, UsageError
+from aiordt._errors import ClosedError, InvalidValueError, UsageError
 from aiordt._progress import Workers, run_all
 from aiordt.mpi._link import Link, inherited
 from aiordt.mpi._rank import STASH, read_line
@@ -74,8 +74,9 @@ class World:
         Raises:
             UsageError: The rank is in use, its host has no Ray node, there is no such rank, or an
                 option cannot be had with MPI.
+            ClosedError: The world has ended.
         """
-        script = _Script.get()
+        script = _Script.get_open()
         if not 1 <= rank < self.size:
             raise InvalidValueError(f"rank {rank}: actors become ranks 1 to {self.size - 1}")
         merged = self._merged(script, rank, options)
@@ -106,8 +107,9 @@ class World:
         Raises:
             UsageError: There are not so many free ranks, or an option cannot be had with MPI.
             OwnerDiedError: One of them died at its start; says why.
+            ClosedError: The world has ended.
         """
-        script = _Script.get()
+        script = _Script.get_open()
         free = [r.rank for r in self.ranks if r.node_id is not None and script.is_free(r.rank)]
         if not 1 <= n <= len(free):
             raise UsageError(f"spawn of {n}: {len(free)} of {self.size - 1} ranks are free")
@@ -216,6 +218,18 @@ class _Script:
                     )
                 cls._one = _Script(number)
             return cls._one
+
+    @classmethod
+    def get_open(cls) -> _Script:
+        """As `get`.
+
+        Raises:
+            ClosedError: The world has ended.
+        """
+        script = cls.get()
+        if script.link.ended:
+            raise ClosedError("this MPI world has ended")
+        return script
 
     def is_free(self, rank: int) -> bool:
         return rank not in self._used

@@ -184,7 +184,12 @@ def main() -> None:
     chosen = next(each for each in scenarios if each.__name__ == name)
     tell(asyncio.run(chosen(*args)))
     if name == "whole":
+        world = aiordt.mpi.world()
         ray.shutdown()
+        try:
+            asyncio.run(world.spawn(Actor, 1))
+        except aiordt.ClosedError as exc:
+            tell(str(exc))
         sys.exit(3)
 
 

@@ -114,6 +114,7 @@ async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-4
     before = segments()
     with job(mpi, "whole") as run:
         found = run.result()
+        assert run.result() == "this MPI world has ended"
         status, output = run.end()
         await nothing_left(run, before)
     ranks = {rank: pid for rank, pid, _ in found["ranks"]}
