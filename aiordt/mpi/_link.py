@@ -58,6 +58,9 @@ class Link:
     ) -> None:
         sock.set_inheritable(False)
         self._sock = sock
+        # Closed by nobody: the launcher is to see this end with the process, not with Python, which
+        # closes its sockets while Ray still needs its node to let the process end well.
+        os.dup(sock.fileno())
         self._lines = sock.makefile("rb")
         self._size = size
         self._environment = dict(environment)
