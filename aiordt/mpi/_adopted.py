@@ -60,7 +60,8 @@ def _link() -> Link:
 
 def _leave(orderly: bool) -> None:  # noqa: FBT001
     """End the actor with its world."""
-    _ray.end_worker(
-        "its MPI world has ended" if orderly else "the launcher of its MPI world is gone",
-        failed=not orderly,
-    )
+    if orderly and Link.current is not None:
+        # mpiexec wants to see 0. Ray's own way out ends with 1, or in a crash, where its worker is
+        # used while Python ends: by whatever holds an ObjectRef (2.60).
+        Link.current.leave()
+    _ray.end_worker("the launcher of its MPI world is gone", failed=True)
