@@ -31,7 +31,7 @@ ALLGATHER: Final = "allgather"
 REDUCESCATTER: Final = "reducescatter"
 KINDS: Final = (ALLREDUCE, BROADCAST, ALLGATHER, REDUCESCATTER)
 
-OURS: Final = ("shm", "gloo")
+OURS: Final = ("shm", "gloo", "mpi")
 #: By ``shm``, of tensors in shared memory.
 SHARED: Final = "shm, aiordt.empty"
 RAW: Final = "ProcessGroupGloo"

@@ -76,6 +76,13 @@ def test_data_parallel(tmp_path: Path) -> None:
     assert float(accuracy[1]) > 0.9, output
 
 
+def test_mpi_allreduce(tmp_path: Path) -> None:
+    output = run("mpi_allreduce.py", cwd=tmp_path)
+    assert [line for line in output.splitlines() if line.startswith("rank")] == [
+        f"rank {rank}: mpi, the mean is 6.0" for rank in range(3)
+    ]
+
+
 def test_async_rl_quick(tmp_path: Path) -> None:
     """Weights and trajectories go round, every sampler takes part, and the plot is drawn."""
     output = run("async_rl.py", "--quick", "--plot", "plot.png", cwd=tmp_path)

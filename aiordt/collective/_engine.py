@@ -291,6 +291,11 @@ class Engine(Listener):
         else:
             settle(operation.future, result, exc)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call is pending."""
+        return bool(self._operations)
+
     def unheard(self, lane: int) -> bool:
         """Whether the first call of a lane waits for the first word of another member."""
         with self._lock:
@@ -307,11 +312,7 @@ class Engine(Listener):
             raise self.over.error()
 
     def attend(self) -> None:
-        """For operations that work for long, on the thread: hear whether the group goes on.
-
-        Raises:
-            GroupError: It does not.
-        """
+        """`check`, for operations that work for long on the thread, after hearing the others."""
         if self.mesh.on_thread:
             self._attending += 1
             self.mesh.turn(0)

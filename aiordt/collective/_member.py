@@ -61,7 +61,7 @@ class MemberGroup:
 
     @property
     def backend(self) -> str:
-        """How host memory is moved, ``"shm"`` or ``"gloo"``; or ``"nccl"``."""
+        """How host memory is moved, ``"shm"``, ``"gloo"`` or ``"mpi"``; or ``"nccl"``."""
         return self._membership.backend
 
     @override
@@ -239,14 +239,15 @@ class MemberGroup:
         """
         tensors, _ = self._tensors(t)
         self._check_peer(dst, tag)
+        carrier = self._membership.carrier
         await self._engine.call(
             f"send(dst={dst}, tag={tag})",
-            _message.send(tensors, dst),
+            _message.send(tensors, dst, carrier),
             lane=tag,
             kind=TO_RECEIVER,
             other=dst,
             timeout=timeout,
-            light=True,
+            light=carrier is None,  # a backend may block
         )
 
     async def recv(
@@ -262,9 +263,10 @@ class MemberGroup:
         _check_writable("recv", flat)
         self._check_peer(src, tag)
         engine = self._engine
+        way = self._membership.carrier or self._membership.links.get(src)
         await engine.call(
             f"recv(src={src}, tag={tag})",
-            _message.receive(tensors, src, engine, self._membership.links.get(src)),
+            _message.receive(tensors, src, engine, way),
             lane=tag,
             kind=TO_SENDER,
             other=src,

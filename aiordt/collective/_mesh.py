@@ -180,6 +180,18 @@ class Mesh:
                 line.outgoing.append(memoryview(data))
         self.run(lambda: self._want_room(line))
 
+    def is_there(self, rank: int) -> bool:
+        """Whether a member's end is open, as far as is known here; costs a system call."""
+        line = self._lines.get(rank)
+        if line is None:
+            return False
+        with line.lock:
+            if line.sock.fileno() < 0:
+                return False
+            poll = select.poll()
+            poll.register(line.sock, select.POLLRDHUP)
+            return not poll.poll(0)
+
     def run(self, job: Callable[[], None]) -> None:
         """Let the thread do ``job``; once it has ended, do it here."""
         with self._jobs_lock:

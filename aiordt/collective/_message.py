@@ -1,13 +1,14 @@
 """Messages from one member to another.
 
 Small ones are sent with their description, and their sender does not wait. For a larger one the
-receiver reads the sender's memory where it can; where it cannot, it asks for piece by piece.
+receiver reads the sender's memory where it can; where it cannot, it asks for piece by piece. A
+backend that has messages of its own carries them instead.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.autograd.graph import increment_version
@@ -18,6 +19,7 @@ from aiordt._types import KIB, MIB
 from aiordt.collective import _bundle
 from aiordt.collective._rules import Descriptor, agree
 from aiordt.collective._steps import Step
+from aiordt.transports.cma import CmaLink
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from aiordt.collective._bundle import Unit
     from aiordt.collective._engine import Engine
     from aiordt.collective._steps import Steps
-    from aiordt.transports.cma import CmaLink
 
 _LENGTH: Final = struct.Struct("!I")
 _ADDRESS: Final = struct.Struct("!Q")
@@ -36,13 +37,27 @@ _CHUNK_NBYTES: Final = 4 * MIB
 _DONE: Final = b"d"
 _REFUSED: Final = b"r"
 _ASK: Final = b"a"
+_GO: Final = b"g"
+
+
+class Carrier(Protocol):
+    """A backend that has messages of its own."""
+
+    def next_number(self) -> int:
+        """By which a message that is about to come is known to both ends."""
+
+    def give(self, flats: Sequence[torch.Tensor], other: int, number: int) -> Steps:
+        """Send the payload of a message."""
+
+    def take(self, flats: Sequence[torch.Tensor], other: int, number: int) -> Steps:
+        """Receive the payload of a message."""
 
 
 def _described(tensors: Sequence[torch.Tensor]) -> Descriptor:
     return Descriptor("message", specs=_bundle.specs_of(tensors))
 
 
-def send(tensors: Sequence[torch.Tensor], other: int) -> Steps:
+def send(tensors: Sequence[torch.Tensor], other: int, carrier: Carrier | None) -> Steps:
     """The sender's steps."""
     described = _described(tensors)
     head = described.pack()
@@ -56,6 +71,9 @@ def send(tensors: Sequence[torch.Tensor], other: int) -> Steps:
         return
     offer += [_ADDRESS.pack(flat.data_ptr()) for flat in flats]
     heard = (yield Step(b"".join(offer)))[other]
+    if carrier is not None and heard[:1] == _GO:
+        yield from carrier.give(flats, other, int.from_bytes(heard[1:]))
+        return
     while heard[:1] == _ASK:
         number, start = struct.unpack("!QQ", heard[1:])
         heard = (yield Step(bytes(views[number][start : start + _PIECE_NBYTES])))[other]
@@ -64,7 +82,10 @@ def send(tensors: Sequence[torch.Tensor], other: int) -> Steps:
 
 
 def receive(
-    tensors: Sequence[torch.Tensor], other: int, engine: Engine, link: CmaLink | None
+    tensors: Sequence[torch.Tensor],
+    other: int,
+    engine: Engine,
+    way: CmaLink | Carrier | None,
 ) -> Steps:
     """The receiver's steps; it receives into the tensors."""
     described = _described(tensors)
@@ -85,29 +106,46 @@ def receive(
         raise UsageError(text) from None
     units = _bundle.plan(described.specs or (), 1, cutting=False)
     flats = [_room(unit, tensors) for unit in units]
-    views = [view_memory(flat.data_ptr(), flat.nbytes, writable=True) for flat in flats]
     if inline:
         start = 0
-        for view in views:
+        for flat in flats:
+            view = view_memory(flat.data_ptr(), flat.nbytes, writable=True)
             view[:] = tail[start : start + len(view)]
             start += len(view)
-    elif link is not None:
-        addresses = [pair[0] for pair in _ADDRESS.iter_unpack(tail)]
-        for flat, address in zip(flats, addresses, strict=True):
-            _read(link, address, flat, engine, other)
-        yield Step(_DONE, wait=False)
     else:
-        for number, view in enumerate(views):
-            for start in range(0, len(view), _PIECE_NBYTES):
-                piece = (yield Step(_ASK + struct.pack("!QQ", number, start)))[other]
-                view[start : start + len(piece)] = piece
-        yield Step(_DONE, wait=False)
+        yield from _fetch(flats, tail, other, engine, way)
     for unit, flat in zip(units, flats, strict=True):
         parts = _bundle.unpacked(flat, unit.specs)
         for place, part in zip(unit.places, parts, strict=True):
             if part.data_ptr() != tensors[place].data_ptr():
                 tensors[place].copy_(part)
             increment_version(tensors[place])  # written to behind autograd's back
+
+
+def _fetch(
+    flats: Sequence[torch.Tensor],
+    tail: bytes,
+    other: int,
+    engine: Engine,
+    way: CmaLink | Carrier | None,
+) -> Steps:
+    """Get a payload of which the sender said ``tail``."""
+    if isinstance(way, CmaLink):
+        addresses = [pair[0] for pair in _ADDRESS.iter_unpack(tail)]
+        for flat, address in zip(flats, addresses, strict=True):
+            _read(way, address, flat, engine, other)
+    elif way is not None:
+        number = way.next_number()
+        yield Step(_GO + number.to_bytes(4), wait=False)
+        yield from way.take(flats, other, number)
+        return
+    else:
+        for number, flat in enumerate(flats):
+            view = view_memory(flat.data_ptr(), flat.nbytes, writable=True)
+            for start in range(0, len(view), _PIECE_NBYTES):
+                piece = (yield Step(_ASK + struct.pack("!QQ", number, start)))[other]
+                view[start : start + len(piece)] = piece
+    yield Step(_DONE, wait=False)
 
 
 def _room(unit: Unit, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

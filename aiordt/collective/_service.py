@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from aiordt._memory import Pool
     from aiordt._wire import Message
     from aiordt.collective._call import Mover
+    from aiordt.collective._message import Carrier
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Membership:
         backend: By what payloads move.
         engine: The operations; there once the members have met.
         links: To the memory of the others, where it can be read.
+        carrier: Of messages, if the backend has its own.
         movers: By type of device.
         pool: Where memory for results comes from.
         bound_to: The process with which it ends; empty: none.
@@ -84,6 +86,7 @@ class Membership:
         self.backend = ""
         self.engine: Engine | None = None
         self.links: dict[int, CmaLink] = {}
+        self.carrier: Carrier | None = None
         self.movers: dict[str, Mover] = {}
         self.started = False
         self.socks: dict[int, asyncio.Future[socket.socket]] = {}
@@ -291,11 +294,16 @@ class Groups(Service):
         host, io = self._runtime.address.host, self._runtime.io
 
         def connect() -> None:
-            # Not earlier: importing it takes a while, and others need no torch.distributed.
+            # Not earlier: importing it takes a while, and others need neither of them.
             if backend == "gloo":
                 from aiordt.collective.process_group import GlooMover  # noqa: PLC0415
 
                 membership.movers["cpu"] = GlooMover(engine, host, seconds)
+            if backend == "mpi":
+                from aiordt.collective.mpi import MpiMover  # noqa: PLC0415
+
+                mover = MpiMover(engine, seconds)
+                membership.movers["cpu"] = membership.carrier = mover
             if cuda:  # pragma: no cover  (needs GPUs)
                 from aiordt.collective.process_group import NcclMover  # noqa: PLC0415
 
@@ -305,7 +313,7 @@ class Groups(Service):
             membership.movers["cpu"] = DirectMover(
                 engine, membership.links, lambda rank: self._share(membership, rank), io
             )
-        if backend == "gloo" or cuda:
+        if backend in {"gloo", "mpi"} or cuda:
             cancelled = Ended(closed=False, why=engine.said("starting it was cancelled"))
             await finish(self._workers.run(connect), lambda: engine.end(cancelled))
         membership.started = True

@@ -46,8 +46,9 @@ async def create_group(
     Args:
         actors: Handles of different actors; their order is that of the ranks.
         backend: ``"shm"``: host memory, all actors on one host. ``"gloo"``: host memory.
-            ``"nccl"``: CUDA memory. ``"auto"``: ``shm`` where it works, else ``gloo``, and
-            beside it ``nccl`` for CUDA tensors, if every member has a GPU of its own.
+            ``"mpi"``: host memory, by mpi4py; any actors with MPICH, or ranks of one ``mpiexec``.
+            ``"nccl"``: CUDA memory. ``"auto"``: ``shm`` where it works, else ``gloo``, and beside
+            it ``nccl`` for CUDA tensors, if every member has a GPU of its own.
         name: By which members find it (`AsyncActor.group`); one of its own by default.
         timeout: Within how many seconds it must form.
 
@@ -70,9 +71,6 @@ async def create_group(
         raise InvalidValueError("an actor is in the list twice")
     if backend not in BACKENDS:
         raise InvalidValueError(f"backend={backend!r}: there are {', '.join(BACKENDS)}")
-    if backend == "mpi":
-        reason = "this version of aiordt does not have it yet"
-        raise UnavailableError(f"mpi: {reason}", reason=reason, transport="mpi")
     runtime = _runtime.current()
     name = name or f"group-{os.urandom(6).hex()}"
     try:

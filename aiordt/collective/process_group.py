@@ -12,10 +12,8 @@ import struct
 import threading
 import time
 from abc import abstractmethod
-from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -25,10 +23,9 @@ from typing_extensions import override
 from aiordt._device import layer
 from aiordt._errors import InvalidTypeError, TransferError, UnavailableError
 from aiordt._progress import Workers
-from aiordt.collective._call import Mover
-from aiordt.collective._engine import UNTAGGED
 from aiordt.collective._rules import REDUCING, dtype_name, working_dtype
 from aiordt.collective._steps import Pending
+from aiordt.collective._turns import TurnMover, as_bytes, splits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -104,83 +101,19 @@ class _Store(dist.Store):  # type: ignore[misc, name-defined]
         return True
 
 
-class _Turns:
-    """Who may use a process group: operations have it to themselves, in one order on all members.
-
-    Those of a call without a tag are in order by themselves. With tags, the order in which the
-    members are ready may differ, so rank 0 says it.
-    """
-
-    def __init__(self, engine: Engine, *, agreed: bool) -> None:
-        self._engine = engine
-        self._agreed = agreed
-        self._order: deque[tuple[int, int]] = deque()
-        self._waiting: dict[tuple[int, int], Pending] = {}
-        self._busy = False
-        if agreed:
-            engine.on_turn(self._told)
-
-    def take(self, key: tuple[int, int]) -> Steps:
-        """Wait for an operation's turn. On the group's thread, as all of this."""
-        pending = self._waiting[key] = Pending()
-        if not self._agreed or self._engine.rank == 0:
-            self._order.append(key)
-        if self._agreed and self._engine.rank == 0:
-            self._engine.tell_turn(key)
-        self._next()
-        yield pending
-
-    def _told(self, key: tuple[int, int]) -> None:
-        self._order.append(key)
-        self._next()
-
-    def _next(self) -> None:
-        if not self._busy and self._order and self._order[0] in self._waiting:
-            self._busy = True
-            self._waiting.pop(self._order.popleft()).finish()
-
-    def leave(self) -> None:
-        """The operation whose turn it is has ended."""
-        self._busy = False
-        self._next()
-
-
-class _GroupMover(Mover):
-    """Moves payloads by process groups: one for calls without tags, and one for those with."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._turns = {
-            False: _Turns(engine, agreed=False),
-            True: _Turns(engine, agreed=True),
-        }
-
-    @abstractmethod
-    def _group(self, *, tagged: bool) -> Steps:
-        """The process group, made if need be."""
+class _GroupMover(TurnMover):
+    """Moves payloads by process groups of `torch.distributed`."""
 
     @abstractmethod
     def _issue(self, start: Callable[[], Any]) -> Steps:
         """Start a work, wait for its end, and raise its error."""
 
     @override
-    def move(self, call: Call, buffers: Sequence[Buffers], announced: Sequence[bytes]) -> Steps:
-        tagged = call.lane != UNTAGGED
-        turns = self._turns[tagged]
-        yield from turns.take((call.lane, call.number))
-        try:
-            group = yield from self._group(tagged=tagged)
-            for each in buffers:
-                if each.unit.numel:
-                    yield from self._move(call, each, group)
-        finally:
-            turns.leave()
-
-    def _move(self, call: Call, each: Buffers, group: Any) -> Steps:  # noqa: ANN401
+    def _move(self, call: Call, each: Buffers, group: Any) -> Steps:
         if call.kind in REDUCING:
             yield from self._reduce(call, each, group)
             return
-        source, out = _bytes(each.source), _bytes(each.out)
+        source, out = as_bytes(each.source), as_bytes(each.out)
         if call.kind == "broadcast":
             if call.rank == call.root and out.data_ptr() != source.data_ptr():
                 out.copy_(source)
@@ -191,7 +124,7 @@ class _GroupMover(Mover):
         elif call.kind == "allgather":
             yield from self._issue(lambda: group._allgather_base(out, source))  # noqa: SLF001
         else:
-            sends, receives = _splits(call, each)
+            sends, receives = splits(call, each)
             yield from self._issue(lambda: group.alltoall_base(out, source, receives, sends))
 
     def _reduce(self, call: Call, each: Buffers, group: Any) -> Steps:  # noqa: ANN401
@@ -234,26 +167,6 @@ class _GroupMover(Mover):
             InvalidTypeError: The library cannot.
         """
         return working_dtype(dtype)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """What is moved, not computed with, is moved as bytes: so every dtype can."""
-    return tensor.view(torch.uint8)
-
-
-def _splits(call: Call, each: Buffers) -> tuple[list[int], list[int]]:
-    """How many bytes go to each rank, and come from it."""
-    unit, size, itemsize = each.unit, call.size, each.unit.dtype.itemsize
-    pieces = [(high - low) * itemsize for low, high in pairwise(unit.bounds)]
-    mine = pieces[call.rank]
-    if call.kind == "alltoall":
-        return pieces, [mine] * size
-    at_root = call.rank == call.root
-    if call.kind == "scatter":
-        sends = pieces if at_root else [0] * size
-        return sends, [mine if rank == call.root else 0 for rank in range(size)]
-    sends = [unit.nbytes if rank == call.root else 0 for rank in range(size)]  # gather
-    return sends, [unit.nbytes if at_root else 0] * size
 
 
 class GlooMover(_GroupMover):

@@ -30,7 +30,7 @@ from tests.support import Node
 if TYPE_CHECKING:
     from pathlib import Path
 
-BACKENDS = ["shm", "gloo"]
+BACKENDS = ["shm", "gloo", "mpi"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def six(_nodes: list[Any]) -> list[Any]:
 
 def can(backend: str, op: str, dtype: torch.dtype) -> bool:
     """Whether it is among what a backend can; Gloo's types are fewer."""
-    if backend == "shm":
+    if backend != "gloo":
         return True
     if dtype is torch.uint64:
         return op not in {"min", "max"}

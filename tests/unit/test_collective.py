@@ -396,7 +396,7 @@ async def test_messages_by_pieces() -> None:
         sent = {"a": torch.arange(400_000), "b": torch.ones(5, 7)[:, 3]}
         into = [torch.zeros(400_000, dtype=torch.int64), torch.zeros(10)[::2]]
         sending = made[0].call(
-            "send", _message.send(list(sent.values()), 1), lane=3, kind=TO_RECEIVER, other=1
+            "send", _message.send(list(sent.values()), 1, None), lane=3, kind=TO_RECEIVER, other=1
         )
         receiving = made[1].call(
             "recv", _message.receive(into, 0, made[1], None), lane=3, kind=TO_SENDER, other=0

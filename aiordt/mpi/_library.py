@@ -1,0 +1,243 @@
+"""The MPI library of this process: loaded and initialised once, when a group first needs it.
+
+A process that a rank of ``mpiexec`` became keeps its place in that world. Any other makes itself
+a world of one rank, from which groups grow: see `aiordt.collective.mpi`.
+
+Invariants:
+    MPG-1  Initialising MPI holds neither the GIL nor waits for another process, but for the other
+           ranks of a world that ``mpiexec`` started.
+    MPG-2  What user code initialised is left alone.
+    MPG-7  One thread at a time is in a call of MPI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from aiordt._errors import UnavailableError
+from aiordt.mpi._alone import alone
+from aiordt.mpi._link import Link
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+#: In a process that a rank of ``mpiexec`` became: ``<token>:<rank>:<size>``.
+WORLD_VARIABLE: Final = "AIORDT_MPI_WORLD"
+_NETMOD: Final = "MPIR_CVAR_CH4_NETMOD"
+#: MPICH 5 has room for 1024 worlds in a process, and does not look whether there is any left.
+_MAX_WORLDS: Final = 1000
+_lock: Final = threading.Lock()
+_started: list[Library] = []
+
+
+def unavailable(reason: str) -> UnavailableError:
+    """The error that says so."""
+    return UnavailableError(f"mpi: {reason}", reason=reason, transport="mpi")
+
+
+class Calls:
+    """Who may call MPI: one thread at a time.
+
+    MPICH 5.0 crashes if one thread waits in it for others while another moves requests on, though
+    it grants ``MPI_THREAD_MULTIPLE``.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._guard = threading.Lock()
+        self._holder: object = None
+
+    @contextmanager
+    def by(self, holder: object) -> Generator[None]:
+        """While ``holder`` calls."""
+        self._lock.acquire()
+        self._holder = holder
+        try:
+            yield
+        finally:
+            self.abandon(holder)
+
+    def close(self) -> None:
+        """Let nobody call any more."""
+        self._lock.acquire()
+
+    def abandon(self, holder: object) -> None:
+        """Let others call, though a call of ``holder`` may never end."""
+        with self._guard:
+            if self._holder is holder:
+                self._holder = None
+                self._lock.release()
+
+
+@dataclass(slots=True)
+class Library:
+    """MPI, initialised.
+
+    Attributes:
+        api: The module ``mpi4py.MPI``.
+        version: What the library calls itself.
+        world: The world of this process; no other has that name.
+        rank: Of this process in it.
+        alone: Whether it is a world of one rank, made here.
+        calls: Who may call it.
+    """
+
+    api: Any
+    version: str
+    world: str
+    rank: int
+    alone: bool
+    calls: Calls = field(default_factory=Calls)
+    _met: set[str] = field(default_factory=set)
+
+    def meet(self, worlds: set[str]) -> None:
+        """Note which other worlds this process is about to connect to.
+
+        Raises:
+            UnavailableError: It has met as many as the library can take.
+        """
+        with _lock:
+            if len(self._met | worlds) > _MAX_WORLDS:
+                raise unavailable(
+                    f"this process has been in groups with {len(self._met)} other processes, and "
+                    "MPICH has no room for more; make new actors"
+                )
+            self._met |= worlds
+
+
+def library() -> Library:
+    """The library, initialised. Blocks; any thread.
+
+    Raises:
+        UnavailableError: It cannot be used here; says why.
+
+    Cost:
+        Some 50 ms, once.
+    """
+    with _lock:
+        if not _started:
+            _started.append(_start())
+        return _started[0]
+
+
+def version() -> str:
+    """Which library it is, ``MPICH 5.0.2`` say; empty if there is none. Blocks; any thread."""
+    try:
+        return _version(_load())
+    except UnavailableError:
+        return ""
+
+
+def _load() -> Any:  # noqa: ANN401
+    try:
+        import mpi4py  # noqa: PLC0415
+
+        mpi4py.rc.initialize = False  # it would hold the GIL, and in another way than ours
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI as api  # noqa: N811, PLC0415
+    except ImportError as exc:
+        raise unavailable(f"{exc}: install aiordt[mpi]") from exc
+    except RuntimeError as exc:
+        raise unavailable(f"mpi4py finds no MPI library: {str(exc).splitlines()[0]}") from exc
+    return api
+
+
+def _start() -> Library:
+    api = _load()
+    version = _version(api)
+    place = os.environ.get(WORLD_VARIABLE, "")
+    name = f"aiordt-{os.urandom(12).hex()}"
+    if api.Is_finalized():
+        raise unavailable("this process has finalised MPI")
+    if place and Link.current is not None:
+        Link.current.initialise()  # in all ranks at once
+    elif api.Is_initialized():
+        if not place:
+            raise unavailable(
+                "code of this actor has initialised MPI itself (mpi4py does when MPI is imported, "
+                "unless mpi4py.rc.initialize is False): leave that to aiordt, or start the actor "
+                "by mpiexec, with python -m aiordt.mpi run"
+            )
+        if api.Query_thread() < api.THREAD_MULTIPLE:
+            raise unavailable("code of this actor has initialised MPI without MPI_THREAD_MULTIPLE")
+    elif place:
+        _initialise(api)
+    else:
+        _check_alone(api, version)
+        with alone(name), _settings():
+            _initialise(api)
+    for communicator in (api.COMM_WORLD, api.COMM_SELF):
+        communicator.Set_errhandler(api.ERRORS_RETURN)
+    if not place:
+        return Library(api, version, name, 0, alone=True)
+    world, rank, _ = place.split(":")
+    if api.COMM_WORLD.Get_rank() != int(rank):
+        raise unavailable(f"{WORLD_VARIABLE}={place}, but this is rank {api.COMM_WORLD.Get_rank()}")
+    made = Library(api, version, world, int(rank), alone=False)
+    if Link.current is not None:
+        Link.current.before_finalise(made.calls.close)
+    return made
+
+
+def _version(api: Any) -> str:  # noqa: ANN401
+    text = str(api.Get_library_version())
+    found = re.search(r"(Open MPI|MPICH|Intel\S* MPI Library|MVAPICH)\D*([\d.]+)", text)
+    return f"{found[1]} {found[2]}" if found else text.splitlines()[0].strip()
+
+
+def _check_alone(api: Any, version: str) -> None:  # noqa: ANN401
+    """Refuse what cannot connect one process to another without a launcher.
+
+    Raises:
+        UnavailableError: This library cannot.
+    """
+    device = re.search(r"MPICH Device:\s*(.*)", str(api.Get_library_version()))
+    if not version.startswith("MPICH ") or device is None:
+        raise unavailable(
+            f"actors that no mpiexec started need MPICH 5, and this is {version}: start them by "
+            "python -m aiordt.mpi run"
+        )
+    if int(version.removeprefix("MPICH ").partition(".")[0]) < 5 or "ucx" not in device[1]:
+        raise unavailable(
+            f"actors that no mpiexec started need MPICH 5 with ch4:ucx, and this is {version} with "
+            f"{device[1].strip()}: start them by python -m aiordt.mpi run"
+        )
+    if os.environ.get(_NETMOD, "ucx") != "ucx":
+        raise unavailable(f"{_NETMOD} must be ucx, not {os.environ[_NETMOD]}")
+
+
+@contextmanager
+def _settings() -> Generator[None]:
+    """While MPI is initialised: variables that it then reads, unless the user has set them."""
+    made = {
+        _NETMOD: "ucx",
+        # UCX ends the process when it reads the memory of one that has died.
+        "UCX_TLS": "^cma,knem,xpmem",
+        # Calls that block, of which there are some while a group forms, sleep between two looks
+        # instead of spinning: one that waits for a member that is gone cannot be ended.
+        "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
+    }
+    for variable in set(made) & set(os.environ):
+        del made[variable]
+    os.environ.update(made)
+    try:
+        yield
+    finally:
+        for variable in made:
+            os.environ.pop(variable, None)
+
+
+def _initialise(api: Any) -> None:  # noqa: ANN401
+    """``MPI_Init_thread`` without the GIL, which mpi4py's own would hold."""
+    got = ctypes.c_int(-1)
+    failed = ctypes.CDLL(api.__file__).MPI_Init_thread(
+        None, None, api.THREAD_MULTIPLE, ctypes.byref(got)
+    )
+    if failed or got.value < api.THREAD_MULTIPLE:
+        raise unavailable("the MPI library does not support MPI_THREAD_MULTIPLE")

@@ -1,0 +1,118 @@
+"""MPI in one process: how it is initialised, and the thread that moves requests on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+from aiordt.mpi._alone import _serve
+from aiordt.mpi._library import Calls
+
+# In a process of its own: MPI is initialised once in one.
+PROGRAM = """
+import os, sys, threading, time
+os.environ["PMI_RANK"] = "3"  # of another launcher: nothing to us
+from aiordt.mpi._library import library
+before = dict(os.environ)
+mpi = library()
+assert library() is mpi
+assert mpi.alone and mpi.rank == 0 and mpi.api.COMM_WORLD.size == 1
+assert dict(os.environ) == before, "what is started from here is no rank of ours"
+from aiordt.mpi._progress import Progress
+
+progress = Progress(mpi)
+ended, left = threading.Event(), threading.Event()
+room, data = bytearray(5), b"hello"
+byte, comm = mpi.api.BYTE, mpi.api.COMM_SELF
+got = comm.Irecv([room, 5, byte], 0, 1)
+never = comm.Irecv([bytearray(5), 5, byte], 0, 2)
+progress.watch("never", [never], [], None, lambda error: left.set(), nbytes=5)
+sent = comm.Isend([data, 5, byte], 0, 1)
+progress.watch("a", [got], [sent], (room, data), lambda error: ended.set(), nbytes=10)
+assert ended.wait(20) and room == data and not left.is_set()
+clean = []
+progress.give_up("never", 10.0, clean.append)
+assert left.wait(20), "it is recalled"
+(thread,) = [each for each in threading.enumerate() if each.name == "aiordt-mpi"]
+deadline = time.monotonic() + 20
+while True:  # it sleeps, for as long as there is nothing to do
+    frame = sys._current_frames()[thread.ident]
+    names = []
+    while frame is not None:
+        names.append((frame.f_code.co_name, frame.f_locals.get("timeout", 0)))
+        frame = frame.f_back
+    if ("wait", None) in names and names[-1][0] == "_bootstrap":
+        break
+    assert time.monotonic() < deadline, names
+assert clean == [False]
+print("done")
+os._exit(0)
+"""
+
+
+def test_a_process_alone() -> None:  # MPG-1, MPG-3, MPG-4
+    finished = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.stdout == "done\n", finished.stderr
+
+
+def test_the_server_of_a_world_of_one() -> None:
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=_serve, args=(theirs, "w1"), daemon=True)
+    thread.start()
+    with ours, ours.makefile("rw", encoding="ascii") as lines:
+
+        def ask(text: str) -> str:
+            lines.write(text + "\n")
+            lines.flush()
+            return lines.readline()
+
+        assert ask("cmd=get_my_kvsname") == "cmd=my_kvsname rc=0 kvsname=w1\n"
+        assert "found=FALSE" in ask("cmd=get kvsname=w1 key=a")
+        assert "rc=0" in ask("cmd=put kvsname=w1 key=a value=b=c")
+        assert ask("cmd=get kvsname=w1 key=a") == "cmd=get_result rc=0 found=TRUE value=b=c\n"
+        assert "not_supported" in ask("cmd=spawn")
+    thread.join(10)
+    assert not thread.is_alive(), "it ends with its client"
+
+
+def test_one_thread_calls_at_a_time() -> None:  # MPG-7
+    calls = Calls()
+    inside = threading.Event()
+    leave = threading.Event()
+    order = []
+
+    def stuck() -> None:
+        with calls.by("stuck"):
+            inside.set()
+            leave.wait(20)
+        order.append("stuck")
+
+    def waits() -> None:
+        with calls.by("waits"):
+            order.append("waits")
+            leave.set()
+            thread.join(20)  # who was abandoned comes back, and disturbs nobody
+            order.append("still")
+
+    thread = threading.Thread(target=stuck)
+    thread.start()
+    assert inside.wait(10)
+    other = threading.Thread(target=waits)
+    other.start()
+    assert order == []
+    calls.abandon("nobody")
+    calls.abandon("stuck")
+    other.join(20)
+    assert order == ["waits", "stuck", "still"]
+    with calls.by("again"):
+        pass
