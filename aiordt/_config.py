@@ -23,6 +23,8 @@ PLANNED: Final = ("cuda_ipc",)
 #: The entry points under which other packages bring their transports.
 GROUP: Final = "aiordt.transports"
 _ENV_PREFIX: Final = "AIORDT_"
+#: What `aiordt.mpi` tells its own processes; no settings.
+_MPI_PREFIX: Final = "AIORDT_MPI_"
 
 
 def _half_of_memory() -> int:
@@ -106,7 +108,7 @@ def from_environment(environment: Mapping[str, str]) -> Config:
     fields = {field.name: field for field in dataclasses.fields(Config)}
     values: dict[str, Any] = {}
     for variable, text in environment.items():
-        if not variable.startswith(_ENV_PREFIX):
+        if not variable.startswith(_ENV_PREFIX) or variable.startswith(_MPI_PREFIX):
             continue
         name = variable.removeprefix(_ENV_PREFIX).lower()
         if name not in fields:

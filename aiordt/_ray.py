@@ -13,6 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ import ray
 import ray.exceptions
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
+from ray._private.runtime_env.setup_hook import load_and_execute_setup_hook
 from ray.cloudpickle import CloudPickler
 from ray.util.client import ray as ray_client
 
@@ -227,6 +229,57 @@ def is_dead(actor_id: str) -> bool:
     """Whether Ray knows that an actor is gone for good. Blocks for a round trip to the GCS."""
     actor = ray_state.actors(actor_id)
     return bool(actor) and actor["State"] == "DEAD"
+
+
+# --- workers -------------------------------------------------------------------------------
+
+
+def end_worker(reason: str, *, failed: bool) -> None:
+    """End this process, a worker; its actor's callers read the reason. Never waits."""
+    kind = "system" if failed else "user"
+    ray_worker.global_worker.core_worker.drain_and_exit_worker(kind, reason)
+
+
+def run_hook(key: str) -> None:
+    """Run the ``worker_process_setup_hook`` that Ray calls ``key``; ends the worker if it fails."""
+    error = load_and_execute_setup_hook(key)
+    if error is not None:
+        end_worker(error, failed=True)
+
+
+async def wait_made(handle: Any) -> None:  # noqa: ANN401
+    """Wait until an actor's construction has ended.
+
+    Raises:
+        OwnerDiedError: It failed; says why.
+    """
+    try:
+        await handle.__ray_ready__.remote()
+    except ray.exceptions.RayActorError as exc:
+        raise OwnerDiedError(str(exc), owner=str(actor_id_of(handle))) from exc
+
+
+def job_runtime_env() -> dict[str, Any]:
+    """The runtime environment that every actor of this job starts from."""
+    return dict(ray.get_runtime_context().runtime_env)
+
+
+def nodes_by_address() -> dict[str, str]:
+    """The ids of the nodes that are alive; of two on one host, one. A round trip to the GCS."""
+    session()
+    return {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def before_shutdown(callback: Callable[[], None]) -> None:
+    """Call ``callback`` whenever the user calls ``ray.shutdown``, which has no hook for that."""
+    original = ray_worker.shutdown
+
+    @functools.wraps(original)
+    def shutdown(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        callback()
+        original(*args, **kwargs)
+
+    ray.shutdown = ray_worker.shutdown = shutdown
 
 
 # --- leases --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiordt._errors import UnavailableError
 from aiordt.mpi._alone import alone
+from aiordt.mpi._link import Link
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -61,6 +62,10 @@ class Calls:
             yield
         finally:
             self.abandon(holder)
+
+    def close(self) -> None:
+        """Let nobody call any more."""
+        self._lock.acquire()
 
     def abandon(self, holder: object) -> None:
         """Let others call, though a call of ``holder`` may never end."""
@@ -150,7 +155,9 @@ def _start() -> Library:
     name = f"aiordt-{os.urandom(12).hex()}"
     if api.Is_finalized():
         raise unavailable("this process has finalised MPI")
-    if api.Is_initialized():
+    if place and Link.current is not None:
+        Link.current.initialise()  # in all ranks at once
+    elif api.Is_initialized():
         if not place:
             raise unavailable(
                 "code of this actor has initialised MPI itself (mpi4py does when MPI is imported, "
@@ -172,7 +179,10 @@ def _start() -> Library:
     world, rank, _ = place.split(":")
     if api.COMM_WORLD.Get_rank() != int(rank):
         raise unavailable(f"{WORLD_VARIABLE}={place}, but this is rank {api.COMM_WORLD.Get_rank()}")
-    return Library(api, version, world, int(rank), alone=False)
+    made = Library(api, version, world, int(rank), alone=False)
+    if Link.current is not None:
+        Link.current.before_finalise(made.calls.close)
+    return made
 
 
 def _version(api: Any) -> str:  # noqa: ANN401

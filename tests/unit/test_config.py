@@ -63,7 +63,9 @@ def test_wrong_values_are_refused_by_name(
 def test_every_setting_has_its_variable(field: str) -> None:
     text = "tcp, cma" if field == "transports" else "7"
     value: Any = ("tcp", "cma") if field == "transports" else 7
-    config = from_environment({f"AIORDT_{field.upper()}": text, "OTHER_NBYTES": "x"})
+    config = from_environment(
+        {f"AIORDT_{field.upper()}": text, "OTHER_NBYTES": "x", "AIORDT_MPI_WORLD": "t:0:2"}
+    )
     assert config == dataclasses.replace(Config(), **{field: value})
 
 
