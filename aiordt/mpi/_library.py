@@ -44,8 +44,9 @@ def unavailable(reason: str) -> UnavailableError:
 class Calls:
     """Who may call MPI: one thread at a time.
 
-    MPICH 5.0 crashes if one thread waits in it for others while another moves requests on, though
-    it grants ``MPI_THREAD_MULTIPLE``.
+    MPICH 5.0 lets the others wait anyhow while one waits to be connected, and its own locks cost
+    as much. That it crashes otherwise, though it grants ``MPI_THREAD_MULTIPLE``, was suspected
+    and is not proven.
     """
 
     def __init__(self) -> None:
