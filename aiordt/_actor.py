@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from typing_extensions import override
 
+from aiordt import _runtime
 from aiordt._errors import InvalidTypeError, UsageError
 from aiordt._export import check_transport, export, export_blocking
 from aiordt._get import get, get_blocking
@@ -171,6 +172,18 @@ class _Options:
     def _export_blocking(self, result: Any, label: str) -> Any:  # noqa: ANN401
         return export_blocking(result, label, transport=self.transport, snapshot=self.snapshot)
 
+    async def _item(self, result: Any, label: str) -> Any:  # noqa: ANN401
+        item = await self._export(result, label)
+        if item is not result:
+            _runtime.current().keep(item)
+        return item
+
+    def _item_blocking(self, result: Any, label: str) -> Any:  # noqa: ANN401
+        item = self._export_blocking(result, label)
+        if item is not result:
+            _runtime.current().keep(item)
+        return item
+
     def _coroutine(self) -> Callable[..., Any]:
         async def call(actor: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             label = self._label(actor)
@@ -201,7 +214,7 @@ class _Options:
             args, kwargs = await self._arguments(args, kwargs)
             async with aclosing(self.function(actor, *args, **kwargs)) as items:
                 async for item in items:
-                    yield await self._export(item, label)
+                    yield await self._item(item, label)
 
         return call
 
@@ -211,7 +224,7 @@ class _Options:
             args, kwargs = await self._arguments(args, kwargs)
             with closing(self.function(actor, *args, **kwargs)) as items:
                 for item in items:
-                    yield await self._export(item, label)
+                    yield await self._item(item, label)
 
         return call
 
@@ -221,7 +234,7 @@ class _Options:
             args, kwargs = self._arguments_blocking(args, kwargs)
             with closing(self.function(actor, *args, **kwargs)) as items:
                 for item in items:
-                    yield self._export_blocking(item, label)
+                    yield self._item_blocking(item, label)
 
         return call
 

@@ -124,6 +124,7 @@ class Runtime(Puller):
         self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         dropped = Inbox(self.io.loop, self.registry.drop)
         self.markers = _ray.Markers(self.workers, dropped.put)
+        self._kept: dict[object, object] = {}
         self._unsent: list[Header] = []
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
@@ -257,12 +258,20 @@ class Runtime(Puller):
 
     # --- the end ---------------------------------------------------------------------------
 
+    def keep(self, item: object) -> None:
+        """Keep an item of a generator until its consumer has had time to take it (LSE-4)."""
+        token = object()
+        self._kept[token] = item
+        loop = self.io.loop
+        post(loop, loop.call_later, _ray.REPORT_SECONDS, self._kept.pop, token, None)
+
     def close(self, timeout: float = 1.0) -> None:
         """End this runtime; every pending wait ends. Blocks for ``timeout`` s at most."""
         if self.closed:
             return
         self.closed = True
         self.markers.close()
+        self._kept.clear()
         self.registry.close()
 
         async def cleanup() -> None:

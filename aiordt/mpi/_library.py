@@ -16,7 +16,7 @@ import ctypes
 import os
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -141,12 +141,25 @@ def _load() -> Any:  # noqa: ANN401
 
         mpi4py.rc.initialize = False  # it would hold the GIL, and in another way than ours
         mpi4py.rc.finalize = False
+        _load_ucx()
         from mpi4py import MPI as api  # noqa: N811, PLC0415
     except ImportError as exc:
         raise unavailable(f"{exc}: install aiordt[mpi]") from exc
     except RuntimeError as exc:
         raise unavailable(f"mpi4py finds no MPI library: {str(exc).splitlines()[0]}") from exc
     return api
+
+
+def _load_ucx() -> None:
+    """Load the UCX that the transport ``ucx`` has, before MPICH brings its own.
+
+    Libraries of one name are loaded once, and that UCX cannot be loaded beside MPICH's older one,
+    which MPICH does not insist on.
+    """
+    with suppress(ImportError):
+        import libucx  # noqa: PLC0415  (optional)
+
+        libucx.load_library()
 
 
 def _start() -> Library:

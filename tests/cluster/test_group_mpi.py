@@ -16,6 +16,7 @@ import torch
 
 import aiordt
 from aiordt.collective import _joining
+from aiordt.transports import probe
 from tests.cluster.group_support import everywhere, grouped
 from tests.support import Node, eventually
 
@@ -52,6 +53,25 @@ async def test_forms_while_others_form(nodes: Any) -> None:
         assert results == [[0, 1, 2], [2, 1, 0]] * 4
         await asyncio.gather(*(group.aclose() for group in groups))
     assert await everywhere(nodes, segments) == [[]] * 3, "nothing of it has a name in /dev/shm"
+
+
+async def exports(actor: Any) -> aiordt.TensorRef:
+    actor.exported = torch.arange(300_000.0)
+    return await aiordt.put(actor.exported)
+
+
+async def pulls(actor: Any, refs: list[aiordt.TensorRef], name: str) -> bool:
+    return torch.equal(await aiordt.get(refs[0], transport=name), torch.arange(300_000.0))
+
+
+async def test_beside_other_copies_of_ucx(nodes: Any) -> None:
+    """MPICH, ucxx and NIXL each bring UCX; one process moves tensors by all of them."""
+    usable = [name for name in ("ucx", "nixl") if probe(name).usable]
+    async with grouped(nodes, "mpi"):
+        for name in usable * 2:
+            await everywhere(nodes, adds_up)
+            ref = await nodes[0].run.remote(exports)
+            assert await nodes[1].run.remote(pulls, [ref], name), name
 
 
 async def rounds_once(actor: Any) -> list[float]:

@@ -44,8 +44,8 @@ async def test_a_group_has_members_and_ranks(nodes: Any, spawn: Any) -> None:
         assert "of 3, shm" in repr(group)
     with pytest.raises(aiordt.ClosedError, match="was closed"):
         await a.run.remote(adds_up, group.name)
-    with pytest.raises(aiordt.UsageError, match="not in a group 'other'; it is in no group"):
-        await a.run.remote(adds_up, "other")
+    with pytest.raises(aiordt.UsageError, match="not in a group 'none'; it is in no group"):
+        await a.run.remote(adds_up, "none")
 
 
 async def test_arguments_are_checked(nodes: Any) -> None:

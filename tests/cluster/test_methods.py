@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import threading
 from typing import TYPE_CHECKING, Any
@@ -47,15 +48,20 @@ class Derived(Base):
     def plain(self, n: int) -> tuple[torch.Tensor, str]:
         return arange(n), threading.current_thread().name
 
+    async def held(self) -> tuple[int, int]:
+        return len(current()._kept), aiordt.stats().exports
+
     @aiordt.method
     async def stream(self, n: int) -> AsyncIterator[Any]:
         for i in range(n):
             yield {"i": i, "t": torch.full((300_000,), float(i))}
+            gc.collect()  # nothing of the item is left here by chance
 
     @aiordt.method
     def sync_stream(self, n: int) -> Iterator[Any]:
         for i in range(n):
             yield torch.full((300_000,), float(i))
+            gc.collect()
 
     @aiordt.method(resolve=True)
     async def total(self, first: Any, *rest: Any, more: Any = None) -> list[float]:
@@ -135,6 +141,32 @@ async def test_generators(grouped: Any) -> None:
     assert seen == [(i, float(i)) for i in range(4)]
     values = [float((await (await out))[7]) async for out in grouped.sync_stream.remote(3)]
     assert values == [0.0, 1.0, 2.0]
+
+
+async def test_refs_of_generators_live_as_long_as_they_are_held(grouped: Any) -> None:  # LSE-4
+    """However early the generator goes on, and however late they are pulled."""
+
+    async def given_up() -> bool:
+        """Whether the actor keeps no item any more."""
+        return (await grouped.held.remote())[0] == 0
+
+    for stream in (grouped.stream, grouped.sync_stream):
+        refs = []
+        async for out in stream.remote(20):
+            item = await out
+            refs.append(item["t"] if isinstance(item, dict) else item)
+            del out, item
+        await eventually(given_up, what="the items are the consumer's alone")
+        values = [await ref for ref in refs]
+        extremes = [(float(t.min()), float(t.max())) for t in values]
+        assert extremes == [(float(i), float(i)) for i in range(20)]
+        assert (await grouped.held.remote())[1] == 20
+        refs.clear()
+
+    async def all_free() -> bool:
+        return (await grouped.held.remote())[1] == 0
+
+    await eventually(all_free, what="all are free once they are dropped")
 
 
 async def test_leaving_a_generator_early_closes_the_users(nodes: Any) -> None:
