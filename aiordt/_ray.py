@@ -288,7 +288,7 @@ def before_shutdown(callback: Callable[[], None]) -> None:
 # --- leases --------------------------------------------------------------------------------
 
 #: In which a consumer must take an item of a generator (LSE-4).
-REPORT_SECONDS: Final = 2.0
+REPORT_SECONDS: Final = 5.0
 
 
 class Markers:

@@ -128,6 +128,7 @@ class Engine(Listener):
         self._stops: list[Callable[[], None]] = []
         self._ready: deque[_Operation] = deque()
         self._ready_here: deque[_Operation] = deque()
+        self._turns: deque[tuple[int, int]] = deque()  # in one order, whoever has read them
         self._told: Callable[[tuple[int, int]], None] = lambda _: None
         self._attending = 0  # inside how many operations the thread takes turns
         mesh.start(self)
@@ -380,10 +381,7 @@ class Engine(Listener):
                 self._news.notify_all()
             return
         if kind == TURN:
-            if self.mesh.on_thread:
-                self._told((lane, number))
-            else:
-                self.mesh.run(lambda: self._told((lane, number)))
+            self._turns.append((lane, number))
             return
         if kind == COLLECTIVE:
             key = (COLLECTIVE, -1, lane, number)
@@ -441,12 +439,15 @@ class Engine(Listener):
     def due_here(self) -> None:
         while self._ready_here:
             self._advance(self._ready_here.popleft())
-        if self._ready:
+        if self._ready or self._turns:
             self.mesh.wake()
 
     def _advance_ready(self) -> None:
         """Go on with what was claimed, in that order: backends take calls as they come."""
         while True:
+            if self._turns:
+                self._told(self._turns.popleft())
+                continue
             try:
                 operation = self._ready.popleft()
             except IndexError:

@@ -156,7 +156,7 @@ def _load_ucx() -> None:
     Libraries of one name are loaded once, and that UCX cannot be loaded beside MPICH's older one,
     which MPICH does not insist on.
     """
-    with suppress(ImportError):
+    with suppress(ImportError, OSError):  # it is not there; another one is loaded already
         import libucx  # noqa: PLC0415  (optional)
 
         libucx.load_library()
