@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -141,7 +142,8 @@ def _load() -> Any:  # noqa: ANN401
 
         mpi4py.rc.initialize = False  # it would hold the GIL, and in another way than ours
         mpi4py.rc.finalize = False
-        _load_ucx()
+        if WORLD_VARIABLE not in os.environ and "mpi4py.MPI" not in sys.modules:
+            _load_ucx()
         from mpi4py import MPI as api  # noqa: N811, PLC0415
     except ImportError as exc:
         raise unavailable(f"{exc}: install aiordt[mpi]") from exc
@@ -154,9 +156,10 @@ def _load_ucx() -> None:
     """Load the UCX that the transport ``ucx`` has, before MPICH brings its own.
 
     Libraries of one name are loaded once, and that UCX cannot be loaded beside MPICH's older one,
-    which MPICH does not insist on.
+    which MPICH does not insist on. The other way round is a crash: some of its libraries would
+    be loaded, and the rest be MPICH's.
     """
-    with suppress(ImportError, OSError):  # it is not there; another one is loaded already
+    with suppress(ImportError):
         import libucx  # noqa: PLC0415  (optional)
 
         libucx.load_library()
