@@ -107,6 +107,13 @@ def _announced(cls: type) -> Callable[..., None]:
     return construct_with
 
 
+def _kept(item: Any, result: Any) -> Any:  # noqa: ANN401
+    """An item of a generator, with refs that are kept until it is taken (LSE-4)."""
+    if item is not result:
+        _runtime.current().keep(item)
+    return item
+
+
 class _Options:
     """A decorated function and how to treat what goes in and comes out."""
 
@@ -172,18 +179,6 @@ class _Options:
     def _export_blocking(self, result: Any, label: str) -> Any:  # noqa: ANN401
         return export_blocking(result, label, transport=self.transport, snapshot=self.snapshot)
 
-    async def _item(self, result: Any, label: str) -> Any:  # noqa: ANN401
-        item = await self._export(result, label)
-        if item is not result:
-            _runtime.current().keep(item)
-        return item
-
-    def _item_blocking(self, result: Any, label: str) -> Any:  # noqa: ANN401
-        item = self._export_blocking(result, label)
-        if item is not result:
-            _runtime.current().keep(item)
-        return item
-
     def _coroutine(self) -> Callable[..., Any]:
         async def call(actor: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             label = self._label(actor)
@@ -214,7 +209,7 @@ class _Options:
             args, kwargs = await self._arguments(args, kwargs)
             async with aclosing(self.function(actor, *args, **kwargs)) as items:
                 async for item in items:
-                    yield await self._item(item, label)
+                    yield _kept(await self._export(item, label), item)
 
         return call
 
@@ -224,7 +219,7 @@ class _Options:
             args, kwargs = await self._arguments(args, kwargs)
             with closing(self.function(actor, *args, **kwargs)) as items:
                 for item in items:
-                    yield await self._item(item, label)
+                    yield _kept(await self._export(item, label), item)
 
         return call
 
@@ -234,7 +229,7 @@ class _Options:
             args, kwargs = self._arguments_blocking(args, kwargs)
             with closing(self.function(actor, *args, **kwargs)) as items:
                 for item in items:
-                    yield self._item_blocking(item, label)
+                    yield _kept(self._export_blocking(item, label), item)
 
         return call
 

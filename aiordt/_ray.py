@@ -8,7 +8,7 @@ Invariants:
            only then.
     LSE-2  Markers are never sent over aiordt's own connections, only their ids.
     LSE-3  Refs are pickled only inside Ray's own serialization, which counts them.
-    LSE-4  The refs in an item of a generator are kept for `REPORT_SECONDS`. Ray (2.60) does not
+    LSE-4  The refs in an item of a generator are kept for `ITEM_SECONDS`. Ray (2.60) does not
            count what is nested in an item that its consumer has not taken yet, and frees it
            though the consumer takes it later: of 327 such, 204.
 """
@@ -288,7 +288,7 @@ def before_shutdown(callback: Callable[[], None]) -> None:
 # --- leases --------------------------------------------------------------------------------
 
 #: In which a consumer must take an item of a generator (LSE-4).
-REPORT_SECONDS: Final = 5.0
+ITEM_SECONDS: Final = 5.0
 
 
 class Markers:

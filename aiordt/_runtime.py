@@ -256,14 +256,14 @@ class Runtime(Puller):
         flat = await link.view(meta.segment, meta.address, nbytes)
         return as_seen(flat.view(dtype).as_strided(meta.shape, stride), ref)
 
-    # --- the end ---------------------------------------------------------------------------
-
     def keep(self, item: object) -> None:
         """Keep an item of a generator until its consumer has had time to take it (LSE-4)."""
         token = object()
         self._kept[token] = item
         loop = self.io.loop
-        post(loop, loop.call_later, _ray.REPORT_SECONDS, self._kept.pop, token, None)
+        post(loop, loop.call_later, _ray.ITEM_SECONDS, self._kept.pop, token, None)
+
+    # --- the end ---------------------------------------------------------------------------
 
     def close(self, timeout: float = 1.0) -> None:
         """End this runtime; every pending wait ends. Blocks for ``timeout`` s at most."""

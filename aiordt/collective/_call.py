@@ -123,6 +123,17 @@ class Call:
         specs = _bundle.specs_of(self.tensors)
         return _is_inline(specs, self.device.type, self.size)
 
+    @property
+    def others(self) -> list[int]:
+        """The other ranks, beginning with the next: not all at the same one."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def empty(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """New memory for a result; warm if it is host memory."""
+        if self.pool is not None and self.device.type == "cpu":
+            return self.pool.empty((numel,), dtype)
+        return torch.empty(numel, dtype=dtype, device=self.device)
+
     @override
     def __str__(self) -> str:
         return str(self.descriptor())
@@ -269,12 +280,12 @@ def _buffers(call: Call, unit: Unit) -> Buffers:
         elif brings:
             source = _bundle.packed(unit, call.tensors, cutting=cutting)
         else:
-            source = _empty(call, unit.numel, unit.dtype)
+            source = call.empty(unit.numel, unit.dtype)
     if not call.receives:
         return Buffers(unit, source, nothing, owned)
     if call.kind in {"allreduce", "reduce", "broadcast"}:
         reuse = owned or call.inplace
-        out = source if reuse else _empty(call, source.numel(), unit.dtype)
+        out = source if reuse else call.empty(source.numel(), unit.dtype)
         return Buffers(unit, source, out, owned)
     piece = unit.bounds[call.rank + 1] - unit.bounds[call.rank]
     numel = {
@@ -282,14 +293,7 @@ def _buffers(call: Call, unit: Unit) -> Buffers:
         "gather": call.size * unit.numel,
         "alltoall": call.size * piece,
     }.get(call.kind, piece)
-    return Buffers(unit, source, _empty(call, numel, unit.dtype), owned)
-
-
-def _empty(call: Call, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """New memory for a result; warm if it is host memory."""
-    if call.pool is not None and call.device.type == "cpu":
-        return call.pool.empty((numel,), dtype)
-    return torch.empty(numel, dtype=dtype, device=call.device)
+    return Buffers(unit, source, call.empty(numel, unit.dtype), owned)
 
 
 def _move_inlined(call: Call, buffers: Sequence[Buffers], tails: Sequence[bytes]) -> None:

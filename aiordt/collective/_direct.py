@@ -142,7 +142,7 @@ class DirectMover(Mover):
         """
         found = [[_Remote(place[1], None) for place in _PLACE.iter_unpack(said)] for said in heard]
         missing = []
-        for rank in _others(call) if sizes else ():
+        for rank in call.others if sizes else ():
             for number, (segment, address) in enumerate(_PLACE.iter_unpack(heard[rank])):
                 nbytes = sizes[rank][number]
                 if not segment or not nbytes:
@@ -201,7 +201,7 @@ class DirectMover(Mover):
         result, total = reduce.flat(out), reduce.flat(scratch)
         here: dict[int, Any] = {call.rank: reduce.flat(each.source[start:stop])}
         brought: dict[int, Any] = {}
-        for rank in _others(call):
+        for rank in call.others:
             seen = remotes[rank].seen
             if seen is not None:
                 share = seen[start * itemsize : stop * itemsize].view(unit.dtype)
@@ -234,7 +234,7 @@ class DirectMover(Mover):
         if not call.receives:
             return
         bounds = each.unit.bounds
-        for rank in _others(call):
+        for rank in call.others:
             target = each.out[bounds[rank] : bounds[rank + 1]]
             self._read(rank, shares[rank], 0, target.data_ptr(), target.nbytes)
         mine = each.out[bounds[call.rank] : bounds[call.rank + 1]]
@@ -249,7 +249,7 @@ class DirectMover(Mover):
         start, stop = bounds[call.rank], bounds[call.rank + 1]
         if call.kind in {"broadcast", "allgather", "gather"}:
             start, stop = 0, each.unit.numel
-        ranks = _others(call)
+        ranks = call.others
         own: int | None = call.rank
         if call.root >= 0 and call.kind != "gather":
             ranks = [call.root] if call.root != call.rank else []
@@ -313,8 +313,3 @@ def _share(call: Call, each: Buffers) -> torch.Tensor:
     if call.receives:
         return each.out[start:stop]
     return torch.empty(stop - start, dtype=each.unit.dtype)
-
-
-def _others(call: Call) -> list[int]:
-    """The other ranks, beginning with the next: not all at the same one."""
-    return [(call.rank + step) % call.size for step in range(1, call.size)]

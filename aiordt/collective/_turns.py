@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
 from typing_extensions import override
 
 from aiordt.collective._call import Mover
@@ -95,23 +93,3 @@ class TurnMover(Mover):
                     yield from self._move(call, each, group)
         finally:
             turns.leave()
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """What is moved, not computed with, is moved as bytes: so every dtype can."""
-    return tensor.view(torch.uint8)
-
-
-def splits(call: Call, each: Buffers) -> tuple[list[int], list[int]]:
-    """How many bytes go to each rank, and come from it."""
-    unit, size, itemsize = each.unit, call.size, each.unit.dtype.itemsize
-    pieces = [(high - low) * itemsize for low, high in pairwise(unit.bounds)]
-    mine = pieces[call.rank]
-    if call.kind == "alltoall":
-        return pieces, [mine] * size
-    at_root = call.rank == call.root
-    if call.kind == "scatter":
-        sends = pieces if at_root else [0] * size
-        return sends, [mine if rank == call.root else 0 for rank in range(size)]
-    sends = [unit.nbytes if rank == call.root else 0 for rank in range(size)]  # gather
-    return sends, [unit.nbytes if at_root else 0] * size

@@ -187,7 +187,7 @@ class MpiMover(TurnMover):
 
     def _broadcast(self, call: Call, each: Buffers, group: int) -> Steps:
         """Each gets its share, and gives it to the others."""
-        out, root, others = each.out, call.root, _others(call)
+        out, root, others = each.out, call.root, call.others
         pieces = _cut(out, each)
         if call.rank == root:
             if out.data_ptr() != each.source.data_ptr():
@@ -205,10 +205,10 @@ class MpiMover(TurnMover):
 
     def _reduce(self, call: Call, each: Buffers, group: int) -> Steps:
         """Each reduces its share, and gives it to those who want it."""
-        others = _others(call)
+        others = call.others
         brought = _cut(each.source, each)
         mine = brought[call.rank]
-        room = self._room(call, mine.numel() * len(others), mine.dtype)
+        room = call.empty(mine.numel() * len(others), mine.dtype)
         rooms = dict(zip(others, room.view(len(others), -1) if others else (), strict=True))
         sends = [(rank, brought[rank]) for rank in others]
         yield from self._exchange(group, sends, list(rooms.items()), _COLLECTIVE)
@@ -227,12 +227,6 @@ class MpiMover(TurnMover):
         receives = [(rank, pieces[rank]) for rank in others] if call.receives else []
         yield from self._exchange(group, [(rank, share) for rank in wanting], receives, _COLLECTIVE)
 
-    @staticmethod
-    def _room(call: Call, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        if call.pool is None:
-            return torch.empty(numel, dtype=dtype)
-        return call.pool.empty((numel,), dtype)
-
     # --- messages ----------------------------------------------------------------------------
 
     def next_number(self) -> int:
@@ -250,11 +244,6 @@ class MpiMover(TurnMover):
         yield from self._exchange(0, [], receives, _COLLECTIVE + 1 + number)
 
 
-def _others(call: Call) -> list[int]:
-    """The other ranks, beginning with the next: not all at the same one."""
-    return [(call.rank + step) % call.size for step in range(1, call.size)]
-
-
 def _cut(flat: torch.Tensor, each: Buffers) -> list[torch.Tensor]:
     """The share of each rank."""
     return [flat[low:high] for low, high in pairwise(each.unit.bounds)]
@@ -264,7 +253,7 @@ def _parts(
     call: Call, each: Buffers
 ) -> tuple[_Parts, _Parts, tuple[torch.Tensor, torch.Tensor] | None]:
     """What a member sends, receives, and copies, where each sends once."""
-    others, rank, root = _others(call), call.rank, call.root
+    others, rank, root = call.others, call.rank, call.root
     source, out = each.source, each.out
     if call.kind in {"allgather", "gather"}:
         wanting = [other for other in others if root in {-1, other}]

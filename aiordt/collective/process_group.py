@@ -14,6 +14,7 @@ import time
 from abc import abstractmethod
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -25,7 +26,7 @@ from aiordt._errors import InvalidTypeError, TransferError, UnavailableError
 from aiordt._progress import Workers
 from aiordt.collective._rules import REDUCING, dtype_name, working_dtype
 from aiordt.collective._steps import Pending
-from aiordt.collective._turns import TurnMover, as_bytes, splits
+from aiordt.collective._turns import TurnMover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -113,7 +114,7 @@ class _GroupMover(TurnMover):
         if call.kind in REDUCING:
             yield from self._reduce(call, each, group)
             return
-        source, out = as_bytes(each.source), as_bytes(each.out)
+        source, out = _bytes(each.source), _bytes(each.out)
         if call.kind == "broadcast":
             if call.rank == call.root and out.data_ptr() != source.data_ptr():
                 out.copy_(source)
@@ -124,7 +125,7 @@ class _GroupMover(TurnMover):
         elif call.kind == "allgather":
             yield from self._issue(lambda: group._allgather_base(out, source))  # noqa: SLF001
         else:
-            sends, receives = splits(call, each)
+            sends, receives = _splits(call, each)
             yield from self._issue(lambda: group.alltoall_base(out, source, receives, sends))
 
     def _reduce(self, call: Call, each: Buffers, group: Any) -> Steps:  # noqa: ANN401
@@ -167,6 +168,26 @@ class _GroupMover(TurnMover):
             InvalidTypeError: The library cannot.
         """
         return working_dtype(dtype)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """What is moved, not computed with, is moved as bytes: so every dtype can."""
+    return tensor.view(torch.uint8)
+
+
+def _splits(call: Call, each: Buffers) -> tuple[list[int], list[int]]:
+    """How many bytes go to each rank, and come from it."""
+    unit, size, itemsize = each.unit, call.size, each.unit.dtype.itemsize
+    pieces = [(high - low) * itemsize for low, high in pairwise(unit.bounds)]
+    mine = pieces[call.rank]
+    if call.kind == "alltoall":
+        return pieces, [mine] * size
+    at_root = call.rank == call.root
+    if call.kind == "scatter":
+        sends = pieces if at_root else [0] * size
+        return sends, [mine if rank == call.root else 0 for rank in range(size)]
+    sends = [unit.nbytes if rank == call.root else 0 for rank in range(size)]  # gather
+    return sends, [unit.nbytes if at_root else 0] * size
 
 
 class GlooMover(_GroupMover):

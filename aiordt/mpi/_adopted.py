@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING
 
 from aiordt import _ray
-from aiordt._errors import UsageError
 from aiordt.mpi._link import Link, inherited
 from aiordt.mpi._rank import HOOK, REFUSED, WORLD
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def begin() -> None:
@@ -28,34 +23,6 @@ def begin() -> None:
     hook = os.environ.pop(HOOK, None)
     if hook is not None:
         _ray.run_hook(hook)
-
-
-def initialise() -> None:
-    """Initialise MPI in all ranks of the world; returns when they have. Blocks; idempotent.
-
-    To be called on a thread, in an actor that became a rank.
-
-    Raises:
-        UsageError: This process is no rank.
-        UnavailableError: MPI cannot be initialised; says why.
-        ClosedError: The world has ended.
-    """
-    _link().initialise()
-
-
-def before_finalise(callback: Callable[[], None]) -> None:
-    """Call ``callback`` on a thread before MPI is finalised, at the end of the world.
-
-    Raises:
-        UsageError: This process is no rank.
-    """
-    _link().before_finalise(callback)
-
-
-def _link() -> Link:
-    if Link.current is None:
-        raise UsageError("this process is no rank of an MPI world that `aiordt.mpi run` started")
-    return Link.current
 
 
 def _leave(orderly: bool) -> None:  # noqa: FBT001

@@ -12,15 +12,14 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
+
+from aiordt.mpi._rank import unlink_segments
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-#: What MPICH keeps in shared memory until it is finalised; here it never is.
-_SEGMENT: Final = "/dev/shm/mpich_shm_"  # noqa: S108  (MPICH's choice)
 #: By what variables a launcher tells a rank of its world.
 _LAUNCHERS: Final = ("PMI_", "PMIX_")
 
@@ -47,7 +46,7 @@ def alone(name: str) -> Generator[None]:
         for variable in variables:  # what this process starts is not our rank
             os.environ.pop(variable, None)
         os.environ.update(before)
-        _unlink_segments()
+        unlink_segments()
 
 
 def _serve(sock: socket.socket, name: str) -> None:
@@ -78,12 +77,3 @@ def _serve(sock: socket.socket, name: str) -> None:
                     else f"cmd=get_result rc=0 found=TRUE value={value}"
                 )
             sock.sendall(f"{answer}\n".encode())
-
-
-def _unlink_segments() -> None:
-    """Take the names from the segments that this process maps: none is left when it ends."""
-    for line in Path("/proc/self/maps").read_text(encoding="ascii", errors="replace").splitlines():
-        path = line.partition(_SEGMENT)[2]
-        if path:
-            with suppress(OSError):
-                Path(_SEGMENT + path).unlink()

@@ -12,7 +12,6 @@ Invariants:
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import sys
@@ -23,13 +22,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiordt._errors import UnavailableError
 from aiordt.mpi._alone import alone
-from aiordt.mpi._link import Link
+from aiordt.mpi._link import Link, init_thread
+from aiordt.mpi._rank import WORLD, hold_mpi
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-#: In a process that a rank of ``mpiexec`` became: ``<token>:<rank>:<size>``.
-WORLD_VARIABLE: Final = "AIORDT_MPI_WORLD"
 _NETMOD: Final = "MPIR_CVAR_CH4_NETMOD"
 #: MPICH 5 has room for 1024 worlds in a process, and does not look whether there is any left.
 _MAX_WORLDS: Final = 1000
@@ -138,11 +136,8 @@ def version() -> str:
 
 def _load() -> Any:  # noqa: ANN401
     try:
-        import mpi4py  # noqa: PLC0415
-
-        mpi4py.rc.initialize = False  # it would hold the GIL, and in another way than ours
-        mpi4py.rc.finalize = False
-        if WORLD_VARIABLE not in os.environ and "mpi4py.MPI" not in sys.modules:
+        hold_mpi()  # it would hold the GIL, and initialise in another way than ours
+        if WORLD not in os.environ and "mpi4py.MPI" not in sys.modules:
             _load_ucx()
         from mpi4py import MPI as api  # noqa: N811, PLC0415
     except ImportError as exc:
@@ -168,7 +163,7 @@ def _load_ucx() -> None:
 def _start() -> Library:
     api = _load()
     version = _version(api)
-    place = os.environ.get(WORLD_VARIABLE, "")
+    place = os.environ.get(WORLD, "")
     name = f"aiordt-{os.urandom(12).hex()}"
     if api.Is_finalized():
         raise unavailable("this process has finalised MPI")
@@ -195,7 +190,7 @@ def _start() -> Library:
         return Library(api, version, name, 0, alone=True)
     world, rank, _ = place.split(":")
     if api.COMM_WORLD.Get_rank() != int(rank):
-        raise unavailable(f"{WORLD_VARIABLE}={place}, but this is rank {api.COMM_WORLD.Get_rank()}")
+        raise unavailable(f"{WORLD}={place}, but this is rank {api.COMM_WORLD.Get_rank()}")
     made = Library(api, version, world, int(rank), alone=False)
     if Link.current is not None:
         Link.current.before_finalise(made.calls.close)
@@ -251,10 +246,5 @@ def _settings() -> Generator[None]:
 
 
 def _initialise(api: Any) -> None:  # noqa: ANN401
-    """``MPI_Init_thread`` without the GIL, which mpi4py's own would hold."""
-    got = ctypes.c_int(-1)
-    failed = ctypes.CDLL(api.__file__).MPI_Init_thread(
-        None, None, api.THREAD_MULTIPLE, ctypes.byref(got)
-    )
-    if failed or got.value < api.THREAD_MULTIPLE:
+    if not init_thread(api):
         raise unavailable("the MPI library does not support MPI_THREAD_MULTIPLE")

@@ -180,14 +180,12 @@ class Link:
         """Initialise MPI; what is wrong with the world that came of it."""
         with _set(self._environment):
             self._pmi = os.environ.get("PMI_FD")
-            # mpi4py holds Python's lock in MPI_Init_thread.
-            library, level = ctypes.CDLL(self._mpi.__file__), ctypes.c_int()
-            library.MPI_Init_thread(None, None, self._mpi.THREAD_MULTIPLE, ctypes.byref(level))
+            threaded = init_thread(self._mpi)
         self._initialised = True
         # An MPI program that this process starts is not its rank.
         for name in of_rank(dict(os.environ), LAUNCHED):
             del os.environ[name]
-        if level.value < self._mpi.THREAD_MULTIPLE:
+        if not threaded:
             return "the library does not support MPI_THREAD_MULTIPLE"
         size = self._mpi.COMM_WORLD.Get_size()
         if size != self._size:
@@ -200,6 +198,17 @@ class Link:
         for callback in self._callbacks:
             callback()
         ctypes.CDLL(self._mpi.__file__).MPI_Finalize()
+
+
+def init_thread(api: Any) -> bool:  # noqa: ANN401
+    """``MPI_Init_thread`` without the GIL, which mpi4py's own would hold.
+
+    Returns:
+        Whether the library then grants ``MPI_THREAD_MULTIPLE``.
+    """
+    library, level = ctypes.CDLL(api.__file__), ctypes.c_int(-1)
+    failed = library.MPI_Init_thread(None, None, api.THREAD_MULTIPLE, ctypes.byref(level))
+    return not failed and level.value >= api.THREAD_MULTIPLE
 
 
 @contextmanager

@@ -55,9 +55,7 @@ class Job:
         }
         name, _, value = self._mark.partition("=")
         inherited |= {**worker.environment(), "PYTHONPATH": str(ROOT), name: value, **environment}
-        path = EXAMPLE if script == (EXAMPLE.name,) else SCRIPTS
-        arguments = () if path is EXAMPLE else script
-        command = ["-m", "aiordt.mpi", "run", *options, "--", str(path), *arguments]
+        command = ["-m", "aiordt.mpi", "run", *options, "--", *script]
         self.program = Program([sys.executable, *command], inherited)
 
     def result(self) -> Any:
@@ -82,9 +80,11 @@ class Job:
 
 
 @contextmanager
-def job(mpi: str, *script: str, environment: dict[str, str] | None = None) -> Iterator[Job]:
+def job(
+    mpi: str, *arguments: str, script: Path = SCRIPTS, environment: dict[str, str] | None = None
+) -> Iterator[Job]:
     """Run a script; it must leave nothing behind."""
-    made = Job(mpi, *script, environment=environment or {})
+    made = Job(mpi, str(script), *arguments, environment=environment or {})
     with made.program:
         yield made
 
@@ -157,7 +157,7 @@ async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-4
 async def test_groups_of_ranks(mpi: str) -> None:
     """The example, whose group is a part of the world that mpiexec started."""
     before = segments()
-    with job(mpi, EXAMPLE.name) as run:
+    with job(mpi, script=EXAMPLE) as run:
         status, output = run.end()
         await nothing_left(run, before)
     assert status == 0, output
