@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from importlib.metadata import EntryPoint
 
-#: aiordt's own transports, in order of preference for host memory.
-TRANSPORTS: Final = ("shm", "cma", "nixl", "tcp", "ucx")
+#: aiordt's own transports, in order of preference for host memory; the last is used on demand.
+TRANSPORTS: Final = ("shm", "cma", "nixl", "tcp", "ucx", "mpi")
 #: Names that are taken for what is to come; asking for one says that it is not there yet.
 PLANNED: Final = ("cuda_ipc",)
 #: The entry points under which other packages bring their transports.

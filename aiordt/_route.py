@@ -293,4 +293,4 @@ class Routes:
             return exc.reason
         except (PeerLostError, AuthenticationError) as exc:
             return str(exc)
-        return out_of_reach(link, ref)
+        return link.obstacle or out_of_reach(link, ref)

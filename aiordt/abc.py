@@ -271,6 +271,11 @@ class Link(AsyncResource):
     packs: ClassVar[bool] = False
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
+    @property
+    def obstacle(self) -> str:
+        """Why it cannot read at present, though it may later; empty if it can."""
+        return ""
+
     def read_nowait(self, parts: Sequence[Part]) -> bool:  # noqa: ARG002
         """Read all of ``parts`` at once if that takes only microseconds.
 

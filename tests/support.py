@@ -51,6 +51,10 @@ class NodeActor(aiordt.AsyncActor):
     async def make_cma(self, function: Callable[..., Any], *args: Any) -> Any:
         return await _called(function, self, *args)
 
+    @aiordt.method(transport="mpi")
+    async def make_mpi(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await _called(function, self, *args)
+
     @aiordt.method
     async def stream(self, function: Callable[..., Any], *args: Any) -> AsyncIterator[Any]:
         async for item in function(self, *args):

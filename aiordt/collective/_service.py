@@ -41,6 +41,7 @@ from aiordt.collective._mesh import Mesh
 from aiordt.collective._requests import GONE, Requests
 from aiordt.collective._steps import Ended
 from aiordt.transports.cma import CmaLink
+from aiordt.transports.mpi import Way, ways
 from aiordt.transports.shm import ShmLink
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ class Membership:
         self.bound_to = b""
 
     @property
+    def ids(self) -> list[bytes]:
+        """Of the members' runtimes."""
+        return [member.address.runtime_id for member in self.members]
+
+    @property
     def labels(self) -> list[str]:
         """Of the members, for messages."""
         return [member.label for member in self.members]
@@ -125,6 +131,7 @@ class Groups(Service):
         self._streams: dict[bytes, tuple[Membership, int]] = {}
         self.requests = Requests(runtime)
         self._over: dict[str, Ended] = {}  # the last ones
+        self._trying: dict[bytes, list[bytes]] = {}  # to start MPI; who
 
     def find(self, name: str) -> Membership:
         """The group of that name. Any thread.
@@ -291,6 +298,8 @@ class Groups(Service):
         if engine is None:
             raise ProtocolViolationError("a group that has not met cannot start")
         membership.backend = backend
+        if backend == "mpi":
+            self._trying[membership.group] = membership.ids
         host, io = self._runtime.address.host, self._runtime.io
 
         def connect() -> None:
@@ -304,6 +313,9 @@ class Groups(Service):
 
                 mover = MpiMover(engine, seconds)
                 membership.movers["cpu"] = membership.carrier = mover
+                ranks = {member: rank for rank, member in enumerate(membership.ids)}
+                ways.add(Way(membership.group, ranks, mover))
+                engine.on_end(lambda: ways.remove(membership.group))
             if cuda:  # pragma: no cover  (needs GPUs)
                 from aiordt.collective.process_group import NcclMover  # noqa: PLC0415
 
@@ -317,11 +329,13 @@ class Groups(Service):
             cancelled = Ended(closed=False, why=engine.said("starting it was cancelled"))
             await finish(self._workers.run(connect), lambda: engine.end(cancelled))
         membership.started = True
+        self._trying.pop(membership.group, None)
         if membership.expiry is not None:
             membership.expiry.cancel()
 
     def _leave(self, group: bytes, ended: Ended) -> None:
         """End a group here, formed or not."""
+        ways.refuse(self._trying.pop(group, ()), ended.why)
         membership = self._by_id.get(group)
         if membership is None:
             return

@@ -104,7 +104,7 @@ async def form(
     runtime = _runtime.current()
     group = os.urandom(16)
     made = Group(group, name, backend, tuple(members), () if bound else tuple(handles))
-    formed = False
+    formed, why = False, f"group {name!r}: it did not form"
     try:
         async with asyncio.timeout(timeout):
             packed = [member.pack() for member in members]
@@ -114,12 +114,15 @@ async def form(
             await made.ask_all(runtime, "start", lambda _: [made.backend, cuda, timeout])
         formed = True
     except TimeoutError:
-        raise GroupError(f"group {name!r}: it did not form within {timeout} s") from None
+        raise GroupError(f"{why} within {timeout} s") from None
+    except AiordtError as exc:
+        why = f"{why}: {exc}"
+        raise
     finally:
         if not formed:
             runtime.io.loop.call_soon_threadsafe(
                 runtime.io.spawn,
-                made.end(runtime, f"group {name!r}: it did not form", closed=False),
+                made.end(runtime, why, closed=False),
             )
     return made
 

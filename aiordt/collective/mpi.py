@@ -25,18 +25,24 @@ import msgpack
 import torch
 from typing_extensions import override
 
-from aiordt._errors import OwnerDiedError, TransferError, UnavailableError
+from aiordt._errors import (
+    AiordtError,
+    GroupError,
+    OwnerDiedError,
+    TransferError,
+    UnavailableError,
+)
 from aiordt._types import MIB
 from aiordt.collective._joining import MAX_MEMBERS, Joining, apart
 from aiordt.collective._kernels import Reduction
 from aiordt.collective._rules import REDUCING, working_dtype
-from aiordt.collective._steps import Pending
+from aiordt.collective._steps import Ended, Pending
 from aiordt.collective._turns import TurnMover
 from aiordt.mpi._library import library, unavailable, version
 from aiordt.mpi._progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aiordt.collective._call import Buffers, Call
     from aiordt.collective._engine import Engine
@@ -163,7 +169,7 @@ class MpiMover(TurnMover):
         if failed and isinstance(failed[0], OwnerDiedError):
             raise failed[0]
         if failed:
-            text = f"mpi: {str(failed[0]).splitlines()[0]}"
+            text = _first_line(failed[0])
             raise TransferError(text, transport="mpi", peer="", nbytes=0) from failed[0]
 
     def _memory(self, tensor: torch.Tensor) -> list[Any]:
@@ -242,6 +248,44 @@ class MpiMover(TurnMover):
         """Receive the payload of a message."""
         receives = [(other, flat) for flat in flats]
         yield from self._exchange(0, [], receives, _COLLECTIVE + 1 + number)
+
+    # --- pulls: see `aiordt.transports.mpi.Carrier` -----------------------------------------------
+
+    def carry(
+        self,
+        memory: torch.Tensor,
+        other: int,
+        tag: int,
+        done: Callable[[Exception | None], None],
+        *,
+        sending: bool,
+    ) -> None:
+        """Send a message to a member, or receive one from it. If that fails the group ends."""
+
+        def make() -> Any:  # noqa: ANN401
+            with self._lock:
+                self._engine.check()
+                if not self._engine.mesh.is_there(other):  # sending would crash MPICH 5.0
+                    raise GroupError(f"{self._engine.label(other)} is gone")
+                tagged = self._comms[1]  # where collectives leave these tags alone
+                call = tagged.Isend if sending else tagged.Irecv
+                with self._mpi.calls.by(make):
+                    return call(self._memory(memory), other, _COLLECTIVE + tag)
+
+        def ended(error: Exception | None) -> None:
+            engine = self._engine
+            if error is not None and not isinstance(error, AiordtError):
+                why = f"a message to or from {engine.label(other)} failed: {_first_line(error)}"
+                engine.end(Ended(closed=False, why=engine.said(why)))
+            if engine.over is not None:  # then a request may have been given up
+                error = GroupError(engine.over.why)
+            done(error)
+
+        self._progress.begin(self, make, memory, ended, receiving=not sending, nbytes=memory.nbytes)
+
+
+def _first_line(error: Exception) -> str:
+    return f"mpi: {str(error).splitlines()[0]}"
 
 
 def _cut(flat: torch.Tensor, each: Buffers) -> list[torch.Tensor]:

@@ -119,6 +119,39 @@ class Progress:
 
         self._do(add)
 
+    def begin(
+        self,
+        owner: object,
+        make: Callable[[], Any],
+        keep: object,
+        done: Callable[[Exception | None], None],
+        *,
+        receiving: bool,
+        nbytes: int,
+    ) -> None:
+        """As `watch`, of one request, which ``make`` makes on the thread; never waits. Any thread.
+
+        Args:
+            owner: As for `give_up`.
+            make: What it raises goes to ``done``.
+            keep: What MPI reads or writes.
+            done: Must not raise; gets the error, if it failed.
+            receiving: Whether it can be recalled.
+            nbytes: How much MPI reads or writes.
+        """
+
+        def start() -> None:
+            try:
+                request = make()
+            except Exception as exc:  # noqa: BLE001  (told to who waits)
+                done(exc)
+                return
+            self._requests.append(request)
+            self._works.append(_Work(owner, keep, done, 1, [request] if receiving else []))
+            self._happened(nbytes)
+
+        self._do(start)
+
     def give_up(self, owner: object, seconds: float, then: Callable[[bool], None]) -> None:
         """Wait no longer for an owner's requests; it makes no more of them. Any thread.
 

@@ -52,6 +52,7 @@ _OURS: Final = {
     "nixl": _Place("aiordt.transports.nixl", "NixlTransport", ("nixl_cu13", "nixl_cu12"), "nixl"),
     "tcp": _Place("aiordt.transports.tcp", "TcpTransport"),
     "ucx": _Place("aiordt.transports.ucx", "UcxTransport", ("ucxx",), "ucx", heavy=True),
+    "mpi": _Place("aiordt.transports.mpi", "MpiTransport", ("mpi4py",), "mpi"),
 }
 _SERVING: Final = ("shm", "tcp")
 

@@ -21,6 +21,7 @@ BY = [
         marks=pytest.mark.skipif(not probe(name).usable, reason=f"{name}: {probe(name).reason}"),
     )
     for name in TRANSPORTS
+    if name != "mpi"  # between members of a group only: test_mpi_transport.py
 ]
 
 

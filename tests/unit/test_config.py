@@ -25,7 +25,7 @@ def test_defaults_are_those_of_the_design() -> None:
     config = Config()
     assert config.inline_nbytes == 16 << 10
     assert config.inline_result_nbytes == 64 << 10
-    assert config.transports == TRANSPORTS == ("shm", "cma", "nixl", "tcp", "ucx")
+    assert config.transports == TRANSPORTS == ("shm", "cma", "nixl", "tcp", "ucx", "mpi")
     assert from_environment({}) == config == aiordt.Config()
 
 
