@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import time
+from typing import Final
 
 from aiordt import _ray
 from aiordt.mpi._link import Link, inherited
 from aiordt.mpi._rank import HOOK, REFUSED, WORLD
+
+#: How long Ray may take to end a worker: it waits for those who hold refs of its.
+_RAY_SECONDS: Final = 2.0
 
 
 def begin() -> None:
@@ -27,8 +33,13 @@ def begin() -> None:
 
 def _leave(orderly: bool) -> None:  # noqa: FBT001
     """End the actor with its world."""
-    if orderly and Link.current is not None:
-        # mpiexec wants to see 0. Ray's own way out ends with 1, or in a crash, where its worker is
-        # used while Python ends: by whatever holds an ObjectRef (2.60).
-        Link.current.leave()
+    link = Link.current
+    if orderly and link is not None:
+        # mpiexec wants to see 0. Ray's own way out tells its node that this is no crash, but then
+        # ends with 1, or in one, where its worker is used while Python ends: by whatever holds an
+        # ObjectRef (2.60). So it goes only so far.
+        atexit.register(link.leave)
+        _ray.end_worker("its MPI world has ended", failed=False)
+        time.sleep(_RAY_SECONDS)
+        link.leave()
     _ray.end_worker("the launcher of its MPI world is gone", failed=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -151,6 +152,8 @@ async def test_actors_become_ranks(mpi: str) -> None:  # MPI-1, MPI-3, MPI-4
     assert found["leaked"] == []
     assert status == 3, output  # after ray.shutdown(), and MPI_Finalize everywhere
     assert "TERMINATION" not in output
+    crashes = [int(pid) for pid in re.findall(r"Worker PID: (\d+)", output)]
+    assert not set(crashes) & set(ranks.values()), "Ray knows that they ended in order"
 
 
 @pytest.mark.parametrize("mpi", MPIS)
