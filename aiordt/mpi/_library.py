@@ -163,37 +163,33 @@ def _load_ucx() -> None:
 def _start() -> Library:
     api = _load()
     version = _version(api)
-    place = os.environ.get(WORLD, "")
+    link = Link.current
+    place = "" if link is None else os.environ.get(WORLD, "")
     name = f"aiordt-{os.urandom(12).hex()}"
     if api.Is_finalized():
         raise unavailable("this process has finalised MPI")
-    if place and Link.current is not None:
-        Link.current.initialise()  # in all ranks at once
+    if link is not None and place:
+        link.initialise()  # in all ranks at once
     elif api.Is_initialized():
-        if not place:
-            raise unavailable(
-                "code of this actor has initialised MPI itself (mpi4py does when MPI is imported, "
-                "unless mpi4py.rc.initialize is False): leave that to aiordt, or start the actor "
-                "by mpiexec, with python -m aiordt.mpi run"
-            )
-        if api.Query_thread() < api.THREAD_MULTIPLE:
-            raise unavailable("code of this actor has initialised MPI without MPI_THREAD_MULTIPLE")
-    elif place:
-        _initialise(api)
+        raise unavailable(
+            "code of this actor has initialised MPI itself (mpi4py does when MPI is imported, "
+            "unless mpi4py.rc.initialize is False): leave that to aiordt, or start the actor "
+            "by mpiexec, with python -m aiordt.mpi run"
+        )
     else:
         _check_alone(api, version)
         with alone(name), _settings():
-            _initialise(api)
+            if not init_thread(api):
+                raise unavailable("the MPI library does not support MPI_THREAD_MULTIPLE")
     for communicator in (api.COMM_WORLD, api.COMM_SELF):
         communicator.Set_errhandler(api.ERRORS_RETURN)
-    if not place:
+    if link is None or not place:
         return Library(api, version, name, 0, alone=True)
     world, rank, _ = place.split(":")
     if api.COMM_WORLD.Get_rank() != int(rank):
         raise unavailable(f"{WORLD}={place}, but this is rank {api.COMM_WORLD.Get_rank()}")
     made = Library(api, version, world, int(rank), alone=False)
-    if Link.current is not None:
-        Link.current.before_finalise(made.calls.close)
+    link.before_finalise(made.calls.close)
     return made
 
 
@@ -243,8 +239,3 @@ def _settings() -> Generator[None]:
     finally:
         for variable in made:
             os.environ.pop(variable, None)
-
-
-def _initialise(api: Any) -> None:  # noqa: ANN401
-    if not init_thread(api):
-        raise unavailable("the MPI library does not support MPI_THREAD_MULTIPLE")
