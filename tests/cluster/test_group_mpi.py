@@ -16,6 +16,7 @@ import torch
 
 import aiordt
 from aiordt.collective import _joining
+from aiordt.mpi._rank import unlink_segments
 from aiordt.transports import probe
 from tests.cluster.group_support import everywhere, grouped
 from tests.support import Node, eventually
@@ -110,6 +111,7 @@ class Impatient(aiordt.AsyncActor):
     async def begin(self) -> bool:
         from mpi4py import MPI  # noqa: PLC0415
 
+        unlink_segments()
         return bool(MPI.Is_initialized())
 
     async def use(self) -> int:
