@@ -89,9 +89,10 @@ class MpiMover(TurnMover):
     Args:
         engine: The group.
         seconds: How long the others may need.
+        gone: Whether a member has died, for certain.
     """
 
-    def __init__(self, engine: Engine, seconds: float) -> None:
+    def __init__(self, engine: Engine, seconds: float, gone: Callable[[int], bool]) -> None:
         """Make the communicators; blocks until all members do, too.
 
         Raises:
@@ -102,6 +103,7 @@ class MpiMover(TurnMover):
         self._mpi, members = _agreed(engine, seconds)
         self._api = self._mpi.api
         self._progress = _progress_of(self._mpi)
+        self._gone = gone
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         places = _places(engine, self._mpi, members)
@@ -121,7 +123,7 @@ class MpiMover(TurnMover):
                     for comm in comms:
                         comm.Free()
 
-        self._progress.give_up(self, _GRACE_SECONDS, then)
+        self._progress.give_up(self, _GRACE_SECONDS, self._gone, then)
 
     @override
     def _group(self, *, tagged: bool) -> Steps:
@@ -163,7 +165,8 @@ class MpiMover(TurnMover):
                     failed.append(exc)
             if coming or going:
                 nbytes = sum(tensor.nbytes for _, tensor in (*sends, *receives))
-                self._progress.watch(self, coming, going, (sends, receives), done, nbytes=nbytes)
+                keep = [*receives[: len(coming)], *sends[: len(going)]]
+                self._progress.watch(self, coming, going, keep, done, nbytes=nbytes)
         if (coming or going) and not failed:
             yield pending
         if failed and isinstance(failed[0], OwnerDiedError):
@@ -281,7 +284,8 @@ class MpiMover(TurnMover):
                 error = GroupError(engine.over.why)
             done(error)
 
-        self._progress.begin(self, make, memory, ended, receiving=not sending, nbytes=memory.nbytes)
+        keep = (other, memory)
+        self._progress.begin(self, make, keep, ended, receiving=not sending, nbytes=memory.nbytes)
 
 
 def _first_line(error: Exception) -> str:
