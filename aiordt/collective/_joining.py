@@ -257,7 +257,8 @@ class Joining:
             return comm.Accept(port, info) if accepting else comm.Connect(port, info)
         except self._api.Exception as exc:
             # The number stays in use: what comes late must find nobody.
-            why = f"{self._engine.label(other)} did not connect: {str(exc).splitlines()[0]}"
+            said = str(exc).splitlines()
+            why = f"{self._engine.label(other)} did not connect: {said[0]} {said[-1]}"
             raise JoinError(self._engine.said(why)) from exc
         finally:
             info.Free()

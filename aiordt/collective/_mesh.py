@@ -301,7 +301,9 @@ class Mesh:
                     self._ended = True
                 self._poll.close()
                 self._of_thread.close()
-            if self._loop is not None:
+            if self._loop is None:
+                self._of_loop.close()
+            else:
                 post(self._loop, self._leave_loop)
             while self._jobs:
                 self._jobs.popleft()()
