@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from typing_extensions import override
 
-from aiordt import _runtime
 from aiordt._errors import InvalidTypeError, UsageError
 from aiordt._export import check_transport, export, export_blocking
 from aiordt._get import get, get_blocking
+from aiordt._items import yielded
 from aiordt.collective._members import announce
 from aiordt.collective._service import group_here
 
@@ -105,13 +105,6 @@ def _announced(cls: type) -> Callable[..., None]:
         announce()
 
     return construct_with
-
-
-def _kept(item: Any, result: Any) -> Any:  # noqa: ANN401
-    """An item of a generator, with refs that are kept until it is taken (LSE-4)."""
-    if item is not result:
-        _runtime.current().keep(item)
-    return item
 
 
 class _Options:
@@ -209,7 +202,7 @@ class _Options:
             args, kwargs = await self._arguments(args, kwargs)
             async with aclosing(self.function(actor, *args, **kwargs)) as items:
                 async for item in items:
-                    yield _kept(await self._export(item, label), item)
+                    yield yielded(await self._export(item, label))
 
         return call
 
@@ -219,7 +212,7 @@ class _Options:
             args, kwargs = await self._arguments(args, kwargs)
             with closing(self.function(actor, *args, **kwargs)) as items:
                 for item in items:
-                    yield _kept(await self._export(item, label), item)
+                    yield yielded(await self._export(item, label))
 
         return call
 
@@ -229,7 +222,7 @@ class _Options:
             args, kwargs = self._arguments_blocking(args, kwargs)
             with closing(self.function(actor, *args, **kwargs)) as items:
                 for item in items:
-                    yield _kept(self._export_blocking(item, label), item)
+                    yield yielded(self._export_blocking(item, label))
 
         return call
 

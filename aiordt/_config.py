@@ -35,7 +35,8 @@ def _half_of_memory() -> int:
 class Config:
     """Settings of one process.
 
-    The exporter's ``inline_*`` and the consumer's other settings apply to a transfer.
+    The exporter's ``inline_*`` and ``item_seconds``, and the consumer's other settings, apply to a
+    transfer.
 
     Attributes:
         inline_nbytes: Tensors up to this size travel inside their ref, by value.
@@ -49,6 +50,7 @@ class Config:
             are freed; a result that is larger by itself is refused. 0: no limit.
         relay_nbytes: Shared memory for copies of other hosts' tensors, which the processes of
             this host read instead of pulling the same bytes once more. 0: none.
+        item_seconds: An item of a generator that nobody has taken yet is kept for so long.
         tcp_streams: Connections that one large tensor is spread over.
         transports: Transports that may be used, in order of preference.
     """
@@ -60,6 +62,7 @@ class Config:
     arena_nbytes: int = field(default_factory=_half_of_memory)
     max_exported_bytes: int = 0
     relay_nbytes: int = 1 * GIB
+    item_seconds: int = 300
     tcp_streams: int = 2
     transports: tuple[str, ...] = TRANSPORTS
 
@@ -72,7 +75,7 @@ class Config:
             "relay_nbytes",
         ):
             _check_int(name, getattr(self, name), minimum=0)
-        for name in ("max_in_flight_bytes", "tcp_streams", "arena_nbytes"):
+        for name in ("max_in_flight_bytes", "tcp_streams", "arena_nbytes", "item_seconds"):
             _check_int(name, getattr(self, name), minimum=1)
         given: object = self.transports
         if not isinstance(given, tuple | list) or not all(isinstance(name, str) for name in given):

@@ -61,6 +61,30 @@ class Header:
     plain: object = None
 
 
+class Item(Protocol):
+    """Where a lease is from: an item of a generator, which only who yielded it may count."""
+
+    async def confirmed(self) -> None:
+        """Wait until the tensor is known to be held.
+
+        Raises:
+            TensorFreedError: It is not.
+        """
+
+    def reduce(self, lease: Any) -> tuple[object, ...]:  # noqa: ANN401
+        """As the lease's ``__reduce__``."""
+        ...
+
+
+class Holding(Protocol):
+    """A lease, as far as a pull must know."""
+
+    @property
+    def item(self) -> Item | None:
+        """Where it is from, as long as Ray does not count it."""
+        ...
+
+
 class Pullable(Protocol):
     """What the runtime must know of a ref."""
 
@@ -75,7 +99,7 @@ class Pullable(Protocol):
         ...
 
     @property
-    def lease(self) -> object:
+    def lease(self) -> Holding | None:
         """What keeps the tensor alive at its owner."""
         ...
 

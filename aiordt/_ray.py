@@ -8,9 +8,6 @@ Invariants:
            only then.
     LSE-2  Markers are never sent over aiordt's own connections, only their ids.
     LSE-3  Refs are pickled only inside Ray's own serialization, which counts them.
-    LSE-4  The refs in an item of a generator are kept for `ITEM_SECONDS`. Ray (2.60) does not
-           count what is nested in an item that its consumer has not taken yet, and frees it
-           though the consumer takes it later: of 327 such, 204.
 """
 
 from __future__ import annotations
@@ -287,9 +284,6 @@ def before_shutdown(callback: Callable[[], None]) -> None:
 
 # --- leases --------------------------------------------------------------------------------
 
-#: In which a consumer must take an item of a generator (LSE-4).
-ITEM_SECONDS: Final = 5.0
-
 
 class Markers:
     """Plain Ray objects whose reference counts are our leases; made ahead where it helps."""
@@ -364,6 +358,25 @@ def is_in_band() -> bool:
     """Whether Ray itself is serializing a value on this thread, so that it counts refs."""
     worker = ray_worker.global_worker
     return bool(worker.connected and worker.get_serialization_context().is_in_band_serialization())
+
+
+def watch_outer(callback: Callable[[bytes], None]) -> bytes | None:
+    """Have ``callback(id)`` called when the object that is being unpickled here is gone.
+
+    Only for objects of this process, which items of generators are if it called for them.
+
+    Returns:
+        The object's id; ``None`` if there is none, or it is another's, or gone already.
+    """
+    worker = ray_worker.global_worker
+    outer = worker.get_serialization_context().get_outer_object_ref()
+    if outer is None or outer.is_nil():
+        return None
+    core_worker = worker.core_worker
+    if core_worker.get_worker_id().binary() not in core_worker.get_owner_address(outer):
+        return None
+    watched = core_worker.add_object_out_of_scope_callback(outer, callback)
+    return bytes(outer.binary()) if watched else None
 
 
 _reduced: Final[set[type]] = set()

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from aiordt import _ray, _wire
 from aiordt._errors import RefPicklingError, TensorFreedError
-from aiordt._landing import Header, describe, dtype_of, num_bytes
+from aiordt._landing import Header, Item, describe, dtype_of, num_bytes
 from aiordt._runtime import current, current_for
 from aiordt._slices import slice_inline, slice_meta
 from aiordt._types import Owner
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
+    from aiordt._runtime import Runtime
     from aiordt._wire import TensorMeta
 
 _ORIGIN_VERSION: Final = 1
@@ -33,16 +34,23 @@ live: Final[set[int]] = set()
 
 
 class Lease:
-    """What keeps exported tensors alive: a marker that Ray counts over the cluster."""
+    """What keeps exported tensors alive: a marker that Ray counts over the cluster.
 
-    __slots__ = ("marker",)
+    Attributes:
+        marker: It.
+        item: Of leases in items of generators, which Ray does not count: where it is from.
+    """
+
+    __slots__ = ("item", "marker")
 
     def __init__(self, marker: ObjectRef[None]) -> None:
         self.marker = marker
+        self.item: Item | None = None
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
-        return Lease, (self.marker,)
+        item = self.item
+        return (Lease, (self.marker,)) if item is None else item.reduce(self)
 
 
 class TensorRef:
@@ -311,7 +319,8 @@ def _pack_origin(address: PeerAddress, owner: Owner) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _unpack_origin(origin: bytes) -> tuple[PeerAddress, Owner]:
+def unpack_origin(origin: bytes) -> tuple[PeerAddress, Owner]:
+    """Where and who a process is, from how it stands in refs."""
     fields = msgpack.unpackb(origin, use_list=False)
     _, host, port, runtime_id, pid, host_id, token_address, node_id, actor_id, name = fields[:10]
     address = PeerAddress(host, port, runtime_id, pid, host_id, token_address)
@@ -325,7 +334,7 @@ def _rebuild_header(
     pending: bool = False,  # noqa: FBT001, FBT002  (called by pickle)
 ) -> Header:
     """May run on Ray's callback thread or on an actor's loop: no call into Ray, no wait."""
-    address, owner = _unpack_origin(origin)
+    address, owner = unpack_origin(origin)
     return Header(_ray.session_or_none(), origin, address, owner, key, transport, pending)
 
 
@@ -343,9 +352,14 @@ def header_of(address: PeerAddress, owner: Owner, key: bytes) -> Header:
 def make_header(key: bytes, transport: str | None, *, pending: bool = False) -> Header:
     """The header of a result that this process exports."""
     runtime = current()
+    origin = origin_of(runtime)
     address, owner = runtime.address, runtime.owner
-    origin = _pack_origin(address, owner)
     return Header(runtime.session, origin, address, owner, key, transport, pending)
+
+
+def origin_of(runtime: Runtime) -> bytes:
+    """A runtime, as it stands in its refs."""
+    return _pack_origin(runtime.address, runtime.owner)
 
 
 _ray.register_reducer(TensorRef, _reduce_ref)

@@ -124,7 +124,6 @@ class Runtime(Puller):
         self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         dropped = Inbox(self.io.loop, self.registry.drop)
         self.markers = _ray.Markers(self.workers, dropped.put)
-        self._kept: dict[object, object] = {}
         self._unsent: list[Header] = []
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
@@ -246,6 +245,8 @@ class Runtime(Puller):
             self.came_along(ref)
             return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
         self.check_shared(ref, "shm")
+        if ref.lease is not None and ref.lease.item is not None:
+            await ref.lease.item.confirmed()
         meta = ref.meta
         dtype = dtype_of(meta.dtype)
         stride = dense_stride_of(meta)
@@ -256,13 +257,6 @@ class Runtime(Puller):
         flat = await link.view(meta.segment, meta.address, nbytes)
         return as_seen(flat.view(dtype).as_strided(meta.shape, stride), ref)
 
-    def keep(self, item: object) -> None:
-        """Keep an item of a generator until its consumer has had time to take it (LSE-4)."""
-        token = object()
-        self._kept[token] = item
-        loop = self.io.loop
-        post(loop, loop.call_later, _ray.ITEM_SECONDS, self._kept.pop, token, None)
-
     # --- the end ---------------------------------------------------------------------------
 
     def close(self, timeout: float = 1.0) -> None:
@@ -271,7 +265,6 @@ class Runtime(Puller):
             return
         self.closed = True
         self.markers.close()
-        self._kept.clear()
         self.registry.close()
 
         async def cleanup() -> None:

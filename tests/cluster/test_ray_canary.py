@@ -55,6 +55,34 @@ async def test_a_marker_nested_in_a_result_is_counted(cluster: None, spawn: Any)
     await eventually(owner.count.remote)
 
 
+class Outer:
+    """Says, when it is rebuilt, which object it came in, and when that is gone."""
+
+    gone: list[bytes]
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        return _opened, ()
+
+
+def _opened() -> bytes | None:
+    return _ray.watch_outer(Outer.gone.append)
+
+
+async def test_an_item_knows_the_object_that_it_came_in(cluster: None, spawn: Any) -> None:
+    class Producer:
+        async def stream(self) -> Any:
+            yield Outer()
+
+    Outer.gone = []
+    async for out in spawn(ray.remote(Producer)).stream.remote():
+        assert await out == out.binary()
+        assert not Outer.gone
+        id_ = out.binary()
+        del out
+    await eventually(lambda: id_ in Outer.gone)
+
+
 def test_kv_keeps_the_first_secret(cluster: None) -> None:
     client = ray_worker.global_worker.gcs_client
     assert client.internal_kv_get(b"canary", b"aiordt") is None

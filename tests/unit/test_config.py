@@ -40,6 +40,7 @@ def test_a_config_is_frozen() -> None:
         ({"inline_nbytes": -1}, InvalidValueError, "inline_nbytes must be at least 0, not -1"),
         ({"max_in_flight_bytes": 0}, InvalidValueError, "at least 1"),
         ({"tcp_streams": 0}, InvalidValueError, "tcp_streams"),
+        ({"item_seconds": 0}, InvalidValueError, "item_seconds"),
         ({"pool_nbytes": 1.5}, InvalidTypeError, "pool_nbytes must be an int, not 1.5"),
         ({"inline_nbytes": True}, InvalidTypeError, "not True"),
         ({"inline_nbytes": "1"}, InvalidTypeError, "not '1'"),

@@ -261,7 +261,7 @@ class Ref:
     index: int = 0
     inline: bytes | None = None
     cls: type[torch.Tensor] | None = None
-    lease: object = None
+    lease: None = None
     released: bool = False
 
 
