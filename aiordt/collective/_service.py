@@ -94,11 +94,6 @@ class Membership:
         self.expiry: asyncio.TimerHandle | None = None
         self.bound_to = b""
 
-    def has_died(self, rank: int) -> bool:
-        """Whether a member's process has ended, for certain: only of those of this host."""
-        link = self.links.get(rank)
-        return link is not None and not link.alive
-
     @property
     def ids(self) -> list[bytes]:
         """Of the members' runtimes."""
@@ -316,7 +311,7 @@ class Groups(Service):
             if backend == "mpi":
                 from aiordt.collective.mpi import MpiMover  # noqa: PLC0415
 
-                mover = MpiMover(engine, seconds, membership.has_died)
+                mover = MpiMover(engine, seconds)
                 membership.movers["cpu"] = membership.carrier = mover
                 ranks = {member: rank for rank, member in enumerate(membership.ids)}
                 ways.add(Way(membership.group, ranks, mover))

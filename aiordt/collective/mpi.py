@@ -89,10 +89,9 @@ class MpiMover(TurnMover):
     Args:
         engine: The group.
         seconds: How long the others may need.
-        gone: Whether a member has died, for certain.
     """
 
-    def __init__(self, engine: Engine, seconds: float, gone: Callable[[int], bool]) -> None:
+    def __init__(self, engine: Engine, seconds: float) -> None:
         """Make the communicators; blocks until all members do, too.
 
         Raises:
@@ -103,7 +102,6 @@ class MpiMover(TurnMover):
         self._mpi, members = _agreed(engine, seconds)
         self._api = self._mpi.api
         self._progress = _progress_of(self._mpi)
-        self._gone = gone
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         places = _places(engine, self._mpi, members)
@@ -123,7 +121,7 @@ class MpiMover(TurnMover):
                     for comm in comms:
                         comm.Free()
 
-        self._progress.give_up(self, _GRACE_SECONDS, self._gone, then)
+        self._progress.give_up(self, _GRACE_SECONDS, then)
 
     @override
     def _group(self, *, tagged: bool) -> Steps:
@@ -165,8 +163,7 @@ class MpiMover(TurnMover):
                     failed.append(exc)
             if coming or going:
                 nbytes = sum(tensor.nbytes for _, tensor in (*sends, *receives))
-                keep = [*receives[: len(coming)], *sends[: len(going)]]
-                self._progress.watch(self, coming, going, keep, done, nbytes=nbytes)
+                self._progress.watch(self, coming, going, (sends, receives), done, nbytes=nbytes)
         if (coming or going) and not failed:
             yield pending
         if failed and isinstance(failed[0], OwnerDiedError):
@@ -284,8 +281,7 @@ class MpiMover(TurnMover):
                 error = GroupError(engine.over.why)
             done(error)
 
-        keep = (other, memory)
-        self._progress.begin(self, make, keep, ended, receiving=not sending, nbytes=memory.nbytes)
+        self._progress.begin(self, make, memory, ended, receiving=not sending, nbytes=memory.nbytes)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,7 @@
 
 Invariants:
     MPG-3  Memory of a request stays referenced here until MPI has let go of it, however long after
-           its group has ended that is; or until the process at its other end has died, and MPI has
-           looked often enough since to have seen all that it sent: nobody else moves it on.
+           its group has ended that is.
     MPG-4  Without requests the thread sleeps.
 """
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: What has come from a process that died is seen by so many looks: a few would do.
-_LAST_LOOKS: Final = 100
 #: For so long after the last event it only yields, then sleeps from 20 µs up to 1 ms. Requests of
 #: many bytes move on only while it looks: so longer, as if they took 1 ns for each of them, which
 #: is slower than within a host.
@@ -41,28 +38,19 @@ class _Work:
 
     Attributes:
         owner: Whose.
-        receives: Those that can be recalled.
-        sends: The others.
-        keep: Of each, in that order: who is at its other end, and what MPI reads or writes.
+        keep: What MPI reads or writes.
         done: To be called when all have ended; with the error, if one failed.
         left: How many have not ended.
+        receives: Those that can be recalled.
         error: Of one that failed.
     """
 
     owner: object
-    receives: Sequence[Any]
-    sends: Sequence[Any]
-    keep: Sequence[tuple[int, object]]
+    keep: object
     done: Callable[[Exception | None], None]
     left: int
+    receives: Sequence[Any]
     error: Exception | None = None
-
-    def kept(self, request: object) -> tuple[int, object]:
-        """What is kept for a request."""
-        requests = (*self.receives, *self.sends)
-        return next(
-            each for other, each in zip(requests, self.keep, strict=True) if other is request
-        )
 
 
 @dataclass(slots=True)
@@ -72,16 +60,12 @@ class _Leaving:
     Attributes:
         owner: Who.
         until: By the monotonic clock.
-        gone: Whether a process has died, for certain.
         then: To be called at the end.
-        looks: How often MPI has looked since.
     """
 
     owner: object
     until: float
-    gone: Callable[[int], bool]
     then: Callable[[], None]
-    looks: int = 0
 
 
 class Progress:
@@ -110,7 +94,7 @@ class Progress:
         owner: object,
         receives: Sequence[Any],
         sends: Sequence[Any],
-        keep: Sequence[tuple[int, object]],
+        keep: object,
         done: Callable[[Exception | None], None],
         *,
         nbytes: int,
@@ -121,11 +105,11 @@ class Progress:
             owner: As for `give_up`.
             receives: Requests; not touched by the caller any more.
             sends: More of them; at least one in all.
-            keep: Of each, in that order: who is at its other end, and what MPI reads or writes.
+            keep: What MPI reads or writes.
             done: Must not raise; gets the error, if one failed.
             nbytes: How much MPI reads and writes.
         """
-        work = _Work(owner, receives, sends, keep, done, len(receives) + len(sends))
+        work = _Work(owner, keep, done, len(receives) + len(sends), receives)
 
         def add() -> None:
             for request in (*receives, *sends):
@@ -139,7 +123,7 @@ class Progress:
         self,
         owner: object,
         make: Callable[[], Any],
-        keep: tuple[int, object],
+        keep: object,
         done: Callable[[Exception | None], None],
         *,
         receiving: bool,
@@ -150,7 +134,7 @@ class Progress:
         Args:
             owner: As for `give_up`.
             make: What it raises goes to ``done``.
-            keep: Who is at its other end, and what MPI reads or writes.
+            keep: What MPI reads or writes.
             done: Must not raise; gets the error, if it failed.
             receiving: Whether it can be recalled.
             nbytes: How much MPI reads or writes.
@@ -163,25 +147,17 @@ class Progress:
                 done(exc)
                 return
             self._requests.append(request)
-            ends = ([request], []) if receiving else ([], [request])
-            self._works.append(_Work(owner, *ends, [keep], done, 1))
+            self._works.append(_Work(owner, keep, done, 1, [request] if receiving else []))
             self._happened(nbytes)
 
         self._do(start)
 
-    def give_up(
-        self,
-        owner: object,
-        seconds: float,
-        gone: Callable[[int], bool],
-        then: Callable[[bool], None],
-    ) -> None:
+    def give_up(self, owner: object, seconds: float, then: Callable[[bool], None]) -> None:
         """Wait no longer for an owner's requests; it makes no more of them. Any thread.
 
         Args:
             owner: As of `watch`.
             seconds: In which they may still end. What has not begun to arrive is recalled.
-            gone: Whether a process, of those that ``keep`` names, has died, for certain.
             then: Called, on the thread, at the end: whether all had ended by themselves.
         """
 
@@ -190,7 +166,7 @@ class Progress:
             self._recall(owner)
             self._sweep()
             until = time.monotonic() + seconds
-            self._leaving.append(_Leaving(owner, until, gone, lambda: then(clean)))
+            self._leaving.append(_Leaving(owner, until, lambda: then(clean)))
 
         self._do(start)
 
@@ -276,17 +252,14 @@ class Progress:
         now = time.monotonic()
         for leaving in list(self._leaving):
             mine = [place for place, work in enumerate(self._works) if work.owner is leaving.owner]
-            leaving.looks += 1
             if mine and now < leaving.until:
                 continue
             self._leaving.remove(leaving)
             parked = []
             for place in reversed(mine):
-                work, request = self._works.pop(place), self._requests.pop(place)
-                other, memory = work.kept(request)
-                if leaving.looks < _LAST_LOOKS or not leaving.gone(other):
-                    self._parked.append(request)
-                    self._kept.append(memory)
+                work = self._works.pop(place)
+                self._parked.append(self._requests.pop(place))
+                self._kept.append(work.keep)
                 if work not in parked:
                     parked.append(work)
             for work in parked:

@@ -77,7 +77,7 @@ class JoinedTransport(MpiTransport):
     def _join(self, stream: bytes, other: bytes, rank: int, sock: socket.socket) -> None:
         mesh = Mesh({1 - rank: sock}, "aiordt-group-joined")
         engine = Engine("joined", ["first", "second"], rank, mesh, lambda: None)
-        ways.add(Way(stream, {other: 1 - rank}, MpiMover(engine, 30, lambda _: False)))
+        ways.add(Way(stream, {other: 1 - rank}, MpiMover(engine, 30)))
         engine.on_end(lambda: ways.remove(stream))
         self._engines.append(engine)
 

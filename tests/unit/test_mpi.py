@@ -29,13 +29,12 @@ room, data = bytearray(5), b"hello"
 byte, comm = mpi.api.BYTE, mpi.api.COMM_SELF
 got = comm.Irecv([room, 5, byte], 0, 1)
 never = comm.Irecv([bytearray(5), 5, byte], 0, 2)
-progress.watch("never", [never], [], [(0, room)], lambda error: left.set(), nbytes=5)
+progress.watch("never", [never], [], None, lambda error: left.set(), nbytes=5)
 sent = comm.Isend([data, 5, byte], 0, 1)
-keep = [(0, room), (0, data)]
-progress.watch("a", [got], [sent], keep, lambda error: ended.set(), nbytes=10)
+progress.watch("a", [got], [sent], (room, data), lambda error: ended.set(), nbytes=10)
 assert ended.wait(20) and room == data and not left.is_set()
 clean = []
-progress.give_up("never", 10.0, bool, clean.append)
+progress.give_up("never", 10.0, clean.append)
 assert left.wait(20), "it is recalled"
 (thread,) = [each for each in threading.enumerate() if each.name == "aiordt-mpi"]
 deadline = time.monotonic() + 20
