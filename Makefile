@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .constraints.txt
 TORCH_INDEX ?=
 CMD ?= p2p
+SUITE := -m "not soak" -n 2 --dist loadfile
 
 .PHONY: demo test unit lint types layers docs check coverage bench soak clean
 
@@ -36,13 +37,14 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.demo
 	$(BIN)/python examples/async_rl.py
 
-# With COVERAGE=1 it takes a fifth longer, and `make coverage` tells what was run.
+# Two files of tests run at a time. With COVERAGE=1 it takes a fifth longer, and `make coverage`
+# tells what was run.
 test: $(VENV)/.dev
 ifdef COVERAGE
 	rm -f .coverage .coverage.*
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m coverage run -m pytest -m "not soak" $(ARGS)
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m coverage run -m pytest $(SUITE) $(ARGS)
 else
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest $(SUITE) $(ARGS)
 endif
 
 coverage: $(VENV)/.dev

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -68,21 +69,23 @@ def _is_ref(value: object) -> bool:
 class _Yielded:
     """Of a lease that this process yields: holds it whenever it is pickled."""
 
-    __slots__ = ("_before", "_items")
+    __slots__ = ("_items", "before")
 
     def __init__(self, items: Items, before: Item | None) -> None:
         self._items = items
-        self._before = before  # this process may have it from another's generator
+        self.before = before  # this process may have it from another's generator
 
     async def confirmed(self) -> None:
-        if self._before is not None:
-            await self._before.confirmed()
+        before = self.before
+        if before is not None:
+            await before.confirmed()
 
     def reduce(self, lease: Lease) -> tuple[object, ...]:
-        if self._before is not None:
-            self._before.reduce(lease)
-        self._items.keep(lease)
-        return _rebuild, (lease.marker, origin_of(self._items.runtime))
+        before = self.before
+        if before is not None:
+            before.reduce(lease)
+        key = self._items.keep(lease)
+        return _rebuild, (lease.marker, origin_of(self._items.runtime), key)
 
 
 class _Taken:
@@ -114,15 +117,14 @@ class _Taken:
         self._items.tell(self._origin, _Dropped(self._key, self._last))
 
 
-def _rebuild(marker: ObjectRef[None], origin: bytes) -> Lease:
+def _rebuild(marker: ObjectRef[None], origin: bytes, key: bytes) -> Lease:
     """A lease as it comes out of an item. On any thread, Ray's callback thread too; never waits."""
     lease = Lease(marker)
     try:
         items = of(current())
     except AiordtError:  # Ray is shutting down
         return lease
-    key = marker.binary()
-    outer = _ray.watch_outer(items.close)
+    outer = _ray.watch_outer(items.outer_gone)
     lease.item = _Taken(items, origin, key, last=outer is not None)
     if outer is not None:
         items.tell(origin, _Inside(key, outer))
@@ -160,21 +162,19 @@ _Event = _Took | _Inside | _Dropped | _Passed
 
 
 class _Held:
-    """A lease that this process yielded.
+    """A lease in one item that this process yielded.
 
     Attributes:
         lease: It.
         takers: The processes that have it.
-        others: For how many seconds others may yet take it when those have dropped it.
         timer: Of its end.
     """
 
-    __slots__ = ("lease", "others", "takers", "timer")
+    __slots__ = ("lease", "takers", "timer")
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.takers: set[bytes] = set()
-        self.others = 0.0
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -241,6 +241,7 @@ class Items(Service):
         self.runtime = runtime
         self._loop = runtime.io.loop
         self._seconds = runtime.config.item_seconds
+        self._numbers = itertools.count()
         self._held: dict[bytes, _Held] = {}
         self._producers: dict[bytes, _Producer] = {}
         self._inside: dict[bytes, set[tuple[bytes, bytes]]] = {}
@@ -248,17 +249,18 @@ class Items(Service):
 
     # --- of what this process yields --------------------------------------------------------
 
-    def keep(self, lease: Lease) -> None:
-        """Hold a lease that is being pickled in an item. Any thread."""
-        post(self._loop, self._keep, lease)
+    def keep(self, lease: Lease) -> bytes:
+        """Hold a lease that is being pickled in an item. Any thread.
 
-    def _keep(self, lease: Lease) -> None:
-        key = lease.marker.binary()
-        held = self._held.get(key)
-        if held is None:
-            held = self._held[key] = _Held(lease)
-        else:
-            held.others = self._seconds  # one more item, which somebody may take later
+        Returns:
+            By what the lease in that item is known.
+        """
+        key = bytes(lease.marker.binary()) + next(self._numbers).to_bytes(8)
+        post(self._loop, self._keep, key, lease)
+        return key
+
+    def _keep(self, key: bytes, lease: Lease) -> None:
+        held = self._held[key] = _Held(lease)
         self._end_in(self._seconds, key, held)
 
     def _end_in(self, seconds: float, key: bytes, held: _Held) -> None:
@@ -285,13 +287,12 @@ class Items(Service):
         held.takers.discard(peer_id)
         if held.takers:
             return
-        others = held.others or (0.0 if last else _OTHERS_SECONDS)
-        if others:
-            self._end_in(others, key, held)
-        else:
-            if held.timer is not None:
-                held.timer.cancel()
-            del self._held[key]
+        if not last:
+            self._end_in(_OTHERS_SECONDS, key, held)
+            return
+        if held.timer is not None:
+            held.timer.cancel()
+        del self._held[key]
 
     def marker(self, key: bytes) -> ObjectRef[None] | None:
         """The marker of a lease that is held. Any thread."""
@@ -316,7 +317,7 @@ class Items(Service):
             if peer_id in held.takers:
                 held.takers.discard(peer_id)
                 if not held.takers:
-                    self._end_in(max(_RETURN_SECONDS, held.others), key, held)
+                    self._end_in(_RETURN_SECONDS, key, held)
         for producer in self._producers.values():
             if producer.address.runtime_id == peer_id and not producer.telling:
                 producer.telling = True
@@ -329,7 +330,7 @@ class Items(Service):
         with suppress(RuntimeError):  # the loop has ended
             self._inbox.put((origin, event))
 
-    def close(self, outer: bytes) -> None:
+    def outer_gone(self, outer: bytes) -> None:
         """Nobody can open an item any more. Any thread."""
         self._inbox.put((b"", outer))
 
@@ -364,16 +365,15 @@ class Items(Service):
                 took = list(producer.held)
             try:
                 await self._call(producer, took, dropped)
-            except OwnerDiedError as exc:  # and its tensors with it
-                producer.held.clear()
-                producer.passed.clear()
-                producer.answer(exc)
-                again = False
             except AiordtError as exc:
                 producer.answer(exc)
                 tries -= 1
-                again = tries > 0
-                await asyncio.sleep(_RETURN_SECONDS / _RETURN_TRIES)
+                again = tries > 0 and not isinstance(exc, OwnerDiedError)
+                if again:
+                    await asyncio.sleep(_RETURN_SECONDS / _RETURN_TRIES)
+                else:
+                    producer.held.clear()
+                    producer.passed.clear()
             else:
                 producer.answer()
                 again = False
@@ -424,7 +424,11 @@ class Items(Service):
         with suppress(AiordtError):  # dead, and its tensors with it
             counted = await _ray.ask_actor(_ray.weak_handle(handle), asked)
             for lease, marker in zip(passed.values(), counted, strict=True):
-                if marker is not None:
+                if marker is None:
+                    continue
+                if isinstance(lease.item, _Yielded):
+                    lease.item.before = None
+                else:
                     lease.item = None
 
     @override

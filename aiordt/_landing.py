@@ -132,6 +132,23 @@ def naming(ref: Pullable, name: Name | None, count: int = 1) -> Generator[None]:
         raise exc.said(f"{where}{more}") from exc
 
 
+def unsure(ref: Pullable) -> bool:
+    """Whether it is not certain that the tensor is still held for the ref."""
+    return ref.lease is not None and ref.lease.item is not None
+
+
+async def confirm(refs: Sequence[Pullable], name: Name | None) -> None:
+    """Make certain that the tensors are held.
+
+    Raises:
+        TensorFreedError: One is not.
+    """
+    for ref in {ref.lease: ref for ref in refs}.values():
+        if ref.lease is not None and ref.lease.item is not None:
+            with naming(ref, name):
+                await ref.lease.item.confirmed()
+
+
 def check_reach(name: str, link: Link, refs: Sequence[Pullable]) -> None:
     """Refuse a transport that cannot read the memory that a tensor is in.
 

@@ -12,7 +12,6 @@ import torch
 from aiordt import _device, _ray
 from aiordt._batch import Batch, Plain, parcels, plain, tied, unpack_tied
 from aiordt._errors import (
-    AiordtError,
     ClosedError,
     OwnerDiedError,
     PeerLostError,
@@ -22,10 +21,10 @@ from aiordt._errors import (
 from aiordt._exports import warn_if_shared
 from aiordt._landing import (
     Header,
-    Item,
     Name,
     Pullable,
     check_reach,
+    confirm,
     copy_into,
     describe,
     dress,
@@ -35,6 +34,7 @@ from aiordt._landing import (
     num_bytes,
     prefers_packing,
     unpack_inline,
+    unsure,
 )
 from aiordt._leaves import as_array
 from aiordt._metrics import phase
@@ -175,9 +175,7 @@ class Puller:
         if tensor is not None:
             self.came_along(ref)
             return tensor
-        if ref.meta.stride is not None or ref.meta.device or ref.header.pending:
-            return None
-        if ref.lease is not None and ref.lease.item is not None:
+        if ref.meta.stride is not None or ref.meta.device or ref.header.pending or unsure(ref):
             return None
         forced = transport or ref.header.transport
         found = self.routes.known(ref.header.address.runtime_id, forced or self.suited(ref))
@@ -185,10 +183,8 @@ class Puller:
             return None
         name, link = found
         nbytes = num_bytes(ref.meta)
-        if self._inline_nbytes + nbytes > _COURTESY_NBYTES:
+        if self._inline_nbytes + nbytes > _COURTESY_NBYTES or nbytes > link.nowait_nbytes:
             return None  # the slow path gives the loop a turn
-        if nbytes > link.nowait_nbytes:
-            return None
         landing = land(ref, self.pool)
         if not link.read_nowait([landing.part]):
             return None
@@ -232,12 +228,10 @@ class Puller:
         for ref in refs:
             if ref.lease is None or ref.header.session is not session or self.closed:
                 self.check(ref, name)
-        leases = {ref.lease for ref in refs}  # release() meanwhile must not free what is read
+        leases = [ref.lease for ref in refs]  # release() meanwhile must not free what is read
         self._inline_nbytes = 0
         await asyncio.sleep(0)
-        for lease in leases:
-            if lease is not None and lease.item is not None:
-                await self._confirmed(lease.item, refs, name)
+        await confirm(refs, name)
         call = _Call(transport, into, dtype, name, [None] * len(refs))
         jobs = self._plan_known(refs, call)
         if jobs is None:
@@ -251,14 +245,6 @@ class Puller:
             await run_all([self._pull_by(call, *job) for job in jobs])
         del leases
         return [tensor for tensor in call.results if tensor is not None]
-
-    async def _confirmed(self, item: Item, refs: Sequence[Pullable], name: Name | None) -> None:
-        try:
-            await item.confirmed()
-        except AiordtError:
-            some = [ref for ref in refs if ref.lease is not None and ref.lease.item is item]
-            with naming(some[0], name, len(some)):
-                raise
 
     def _plan_known(self, refs: Sequence[Pullable], call: _Call) -> list[_Job] | None:
         """What to pull by which way, if these are `plain` refs of another process."""

@@ -23,7 +23,7 @@ from aiordt._errors import (
     PeerLostError,
 )
 from aiordt._exports import warn_if_shared
-from aiordt._landing import as_seen, dense_stride_of, dtype_of
+from aiordt._landing import as_seen, confirm, dense_stride_of, dtype_of
 from aiordt._layout import span
 from aiordt._memory import Pool
 from aiordt._metrics import Counters
@@ -245,8 +245,7 @@ class Runtime(Puller):
             self.came_along(ref)
             return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
         self.check_shared(ref, "shm")
-        if ref.lease is not None and ref.lease.item is not None:
-            await ref.lease.item.confirmed()
+        await confirm([ref], None)
         meta = ref.meta
         dtype = dtype_of(meta.dtype)
         stride = dense_stride_of(meta)

@@ -62,6 +62,7 @@ async def ahead(producer: Any, *args: Any, n: int = N) -> Any:
 
     What somebody waits for is counted by Ray, and opened by its generator.
     """
+    await producer.stats.remote()  # it has started
     generator = producer.stream.remote(*args)
 
     async def yielded() -> bool:
@@ -82,6 +83,17 @@ async def held(_actor: Any) -> list[int]:
     """How many processes have each lease that this one yielded."""
     items = _items.of(current())
     return [len(each.takers) for each in items._held.values()]
+
+
+async def taken(producer: Any) -> None:
+    async def all_are() -> bool:
+        return bool(await producer.run.remote(held) == [1] * N)
+
+    await eventually(all_are, what="all are taken")
+
+
+def none_held(_actor: Any) -> bool:
+    return not _items.of(current())._held
 
 
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])
@@ -144,10 +156,7 @@ async def test_passed_on(producer: Any, nodes: Any, way: str) -> None:  # ITM-2
         del items
     else:
         await nodes[1].run.remote(hand_over_by_argument, nodes[2])
-    await eventually(
-        lambda: producer.run.remote(lambda _: not _items.of(current())._held),
-        what="Ray counts them instead",
-    )
+    await eventually(lambda: producer.run.remote(none_held), what="Ray counts them instead")
     assert await nodes[2].run.remote(first_values) == list(range(N))
     await nodes[2].run.remote(hand_over)
     await all_free(producer)
@@ -155,14 +164,16 @@ async def test_passed_on(producer: Any, nodes: Any, way: str) -> None:  # ITM-2
 
 async def yield_again(_actor: Any, producer: Any) -> AsyncIterator[Any]:
     for out in await outs_of(await ahead(producer, made)):
-        yield await out
+        item = await out
+        yield item
+        yield item
 
 
 async def test_yielded_again(producer: Any, nodes: Any) -> None:
     outs = await outs_of(nodes[1].stream.remote(yield_again, producer))
     items = [await out for out in outs]
     del outs
-    assert [float((await item["t"])[0]) for item in items] == list(range(N))
+    assert [float((await item["t"])[0]) for item in items] == [i // 2 for i in range(2 * N)]
     del items
     await all_free(producer)
 
@@ -194,13 +205,13 @@ async def test_unopened_items_go_to_several(producer: Any, nodes: Any) -> None: 
             assert await consumer.run.remote(use, out) == i
             await nobody_took(producer)
     del out
-    await eventually(lambda: producer.run.remote(lambda _: not _items.of(current())._held))
+    await eventually(lambda: producer.run.remote(none_held))
 
 
 async def test_nobody_takes_them(nodes: Any, spawn: Any) -> None:  # ITM-1
     producer = spawn(Node, {"item_seconds": 1})
     generator = await ahead(producer, made, 3, n=3)
-    await all_free(producer)
+    await eventually(lambda: producer.run.remote(none_held), what="items are given up")
     for out in await outs_of(generator):
         with pytest.raises(aiordt.TensorFreedError, match="item_seconds"):
             await (await out)["t"]
@@ -215,6 +226,7 @@ async def test_who_took_them_is_killed(nodes: Any, spawn: Any) -> None:  # ITM-1
     await producer.run.remote(forget_soon)
     consumer = spawn()
     await consumer.run.remote(take_all, producer)
+    await taken(producer)
     os.kill(await consumer.pid.remote(), signal.SIGKILL)
     await all_free(producer)
 
@@ -231,13 +243,9 @@ async def cut(_actor: Any) -> None:
 
 async def test_the_connection_is_cut(producer: Any, nodes: Any) -> None:  # ITM-1
     await nodes[1].run.remote(take_all, producer)
-
-    async def taken() -> bool:
-        return await producer.run.remote(held) == [1] * N
-
-    await eventually(taken, what="they are taken")
+    await taken(producer)
     await producer.run.remote(cut)
-    await eventually(taken, what="they are taken again")
+    await taken(producer)
     assert await nodes[1].run.remote(first_values) == list(range(N))
     await nodes[1].run.remote(hand_over)
     await all_free(producer)

@@ -98,7 +98,7 @@ def shared(cluster: None) -> dict[str, str]:
 
 async def nothing_left(run: Job, before: set[str]) -> None:
     await testing.eventually(lambda: not run.left(), what="all its processes are gone", within=15)
-    assert segments() <= before
+    await testing.eventually(lambda: segments() <= before, what="no segment is left", within=15)
 
 
 def segments() -> set[str]:
