@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 from collections import deque
 from contextlib import suppress
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+#: Let whoever wants this core have it. Not `os.sched_yield`, which keeps the GIL: a thread that
+#: woke up on the core would wait for that.
+yield_core: Callable[[], int] = ctypes.CDLL(None).sched_yield
+
+
+def _ignore(_: object) -> None:
+    return
+
 
 class Workers:
     """Daemon threads for calls that block.
@@ -30,14 +39,22 @@ class Workers:
     def __init__(self, name: str, limit: int) -> None:
         self._name = name
         self._limit = limit
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]] | None] = (
+            SimpleQueue()
+        )
         self._lock = threading.Lock()
         self._threads = 0
         self._pending = 0
         self._closed = False
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job``, which must not raise, on a worker; first come, first served."""
+    def submit(self, job: Callable[[], _T], then: Callable[[_T], None] = _ignore) -> None:
+        """Run ``job``, which must not raise, on a worker; first come, first served.
+
+        Args:
+            job: What to do.
+            then: Gets what ``job`` returned, once the worker counts as idle: whoever hears of
+                the end and submits more does not make another thread start.
+        """
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self._name} was closed")
@@ -46,17 +63,20 @@ class Workers:
             if start:
                 self._threads += 1
             number = self._threads
-        self._jobs.put(job)
+        self._jobs.put((job, then))
         if start:
             name = f"aiordt-{self._name}-{number}"
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-            del job  # it may hold the last reference to memory
+        while (entry := self._jobs.get()) is not None:
+            job, then = entry
+            outcome = job()
+            del entry, job  # it may hold the last reference to memory
             with self._lock:
                 self._pending -= 1
+            then(outcome)
+            del outcome, then
 
     def run(self, function: Callable[[], _T]) -> asyncio.Future[_T]:
         """Run ``function`` on a worker, for the running loop.
@@ -67,15 +87,13 @@ class Workers:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
 
-        def job() -> None:
+        def job() -> tuple[_T | None, BaseException | None]:
             try:
-                result = function()
+                return function(), None
             except BaseException as exc:  # noqa: BLE001  (handed to the waiter)
-                post(loop, settle, future, None, exc)
-            else:
-                post(loop, settle, future, result, None)
+                return None, exc
 
-        self.submit(job)
+        self.submit(job, lambda outcome: post(loop, settle, future, *outcome))
         return future
 
     def close(self) -> None:

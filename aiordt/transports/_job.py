@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 from aiordt._errors import ClosedError
 from aiordt._metrics import phase
-from aiordt._progress import post, settle
+from aiordt._progress import post, settle, yield_core
 from aiordt._types import MIB
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ GATHER_NBYTES: Final = 4 * MIB
 _C = TypeVar("_C")
 #: Source, target and size of a piece of memory in this process.
 Piece: TypeAlias = tuple[int, int, int]
-
-# Not os.sched_yield, which keeps the GIL: the loop's thread would wake only to wait for it.
-_sched_yield: Callable[[], int] = ctypes.CDLL(None).sched_yield
 
 
 def pieces(source: int, target: int, nbytes: int) -> Iterator[Piece]:
@@ -84,7 +81,7 @@ class Job(Generic[_C]):
                     # The scheduler lets a reader finish its slice of 3 ms before a loop that
                     # woke up on the same core; asking after each chunk brings that loop's
                     # lag from 2 ms to 0.5 ms (p99, 2 cores), and costs nothing when idle.
-                    _sched_yield()
+                    yield_core()
                 else:
                     workers.submit(turn)  # to the end of the queue: others get their turn
                     return

@@ -19,7 +19,7 @@ from aiordt._errors import (
     UnavailableError,
 )
 from aiordt._metrics import phase
-from aiordt._progress import post, settle
+from aiordt._progress import post, settle, yield_core
 from aiordt._registration import Region, Registration, Registrations, region_of
 from aiordt._types import KIB, MIB
 from aiordt._wire import TransportMessage
@@ -46,8 +46,6 @@ WIRING_SECONDS: Final = 5.0
 _PROOF_SECONDS: Final = 1.0
 #: A read that is stuck for so long needs the owner; one that merely takes long does not mind.
 _STALL_SECONDS: Final = 0.02
-# Without the GIL, as in aiordt.transports.cma.
-_sched_yield: Callable[[], int] = ctypes.CDLL(None).sched_yield
 
 
 class Remote:
@@ -313,7 +311,7 @@ class Read:
                 break
             if moved:
                 self._since = time.monotonic()
-                _sched_yield()
+                yield_core()
             else:  # NIXL has nothing to wait on: a quarter more than it took, up to 1 ms
                 waited = time.monotonic() - self._since
                 if waited > _STALL_SECONDS and not self._stalled:
