@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .constraints.txt
 TORCH_INDEX ?=
 CMD ?= p2p
+# Tests start some hundred processes, and each would compile aiordt anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 SUITE := -m "not soak" -n 2 --dist loadfile
 
 .PHONY: demo test unit lint types layers docs check coverage bench soak clean
