@@ -260,7 +260,9 @@ def raw_bytes(tensor: torch.Tensor, stride: Sequence[int] | None = None) -> byte
     return bytes(view_memory(view.data_ptr(), view.nbytes))
 
 
-def from_raw_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def from_raw_bytes(
+    data: bytes | memoryview, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
     """A new contiguous tensor with these bytes."""
     tensor = torch.empty(tuple(shape), dtype=dtype)
     if data:

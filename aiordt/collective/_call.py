@@ -6,11 +6,12 @@ by every member in rank order: the same bits everywhere. Larger ones are moved b
 
 from __future__ import annotations
 
+import functools
 import struct
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class Call:
     ready: Event | None = None
     done: Event | None = None
     pool: Pool | None = None
+    _asked: _Asked | None = None
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is said.
@@ -120,8 +122,7 @@ class Call:
         """Whether it is one exchange and some arithmetic."""
         if self.tensors is None:
             return self.kind == "barrier"  # in a scatter, who brings nothing does not know
-        specs = _bundle.specs_of(self.tensors)
-        return _is_inline(specs, self.device.type, self.size)
+        return self.asked().inline
 
     @property
     def others(self) -> list[int]:
@@ -136,13 +137,60 @@ class Call:
 
     @override
     def __str__(self) -> str:
-        return str(self.descriptor())
+        return str(self.asked().descriptor)
 
-    def descriptor(self) -> Descriptor:
-        """What it asks for."""
-        specs = None if self.tensors is None else _bundle.specs_of(self.tensors)
-        device = "" if self.tensors is None else self.device.type
-        return Descriptor(self.kind, self.op, self.root, device, specs, self.extra)
+    def asked(self) -> _Asked:
+        """What it asks for, once that has been checked."""
+        if self._asked is None:
+            kinds, device = None, ""
+            if self.tensors is not None:
+                kinds = tuple([(tensor.shape, tensor.dtype) for tensor in self.tensors])
+                device = self.device.type
+            self._asked = _asked(self.kind, self.op, self.root, device, kinds=kinds, size=self.size)
+            if self.extra is not None:
+                made = replace(self._asked.descriptor, extra=self.extra)
+                self._asked = _Asked.of(made, self.size)
+        return self._asked
+
+
+class _Asked(NamedTuple):
+    """What is asked for, and what follows from that alone.
+
+    Attributes:
+        descriptor: That.
+        packed: As bytes.
+        inline: Whether payloads travel with it.
+        units: The buffers.
+    """
+
+    descriptor: Descriptor
+    packed: bytes
+    inline: bool
+    units: tuple[Unit, ...]
+
+    @classmethod
+    def of(cls, descriptor: Descriptor, size: int) -> _Asked:
+        """In a group of ``size``."""
+        kind, specs, packed = descriptor.kind, descriptor.specs, descriptor.pack()
+        if specs is None:
+            return cls(descriptor, packed, inline=False, units=())
+        nbytes = sum([spec.nbytes for spec in specs])
+        inline = descriptor.device in {"", "cpu"} and nbytes <= inline_nbytes(size)
+        return cls(descriptor, packed, inline, _bundle.plan(specs, size, cutting=kind in CUTTING))
+
+
+@functools.lru_cache(maxsize=256)  # the same calls come again and again: 10 µs of a small one
+def _asked(
+    kind: str,
+    op: str,
+    root: int,
+    device: str,
+    *,
+    kinds: tuple[tuple[torch.Size, torch.dtype], ...] | None,
+    size: int,
+) -> _Asked:
+    specs = None if kinds is None else tuple(Spec(tuple(shape), dtype) for shape, dtype in kinds)
+    return _Asked.of(Descriptor(kind, op, root, device, specs), size)
 
 
 @dataclass(slots=True)
@@ -181,7 +229,9 @@ class Mover(ABC):
         return nullcontext()
 
     @abstractmethod
-    def move(self, call: Call, buffers: Sequence[Buffers], announced: Sequence[bytes]) -> Steps:
+    def move(
+        self, call: Call, buffers: Sequence[Buffers], announced: Sequence[memoryview]
+    ) -> Steps:
         """Fill the ``out`` of all buffers.
 
         Args:
@@ -193,25 +243,25 @@ class Mover(ABC):
 
 def collective(call: Call, mover: Mover) -> Steps:
     """The steps of a collective; its outcome is what `_outcome` gives."""
-    descriptor = call.descriptor()
-    inline = _is_inline(descriptor.specs, descriptor.device, call.size)
-    says = b""
-    if inline and (call.kind not in FROM_ROOT or call.rank == call.root):
-        says = _inlined(call)
-    elif not inline and call.tensors is not None:
-        says = mover.announce(call)
-    head = descriptor.pack()
-    heard = yield Step(b"".join((_LENGTH.pack(len(head)), head, says)))
+    asked = call.asked()
+    head = asked.packed
+    says: list[bytes | memoryview] = [_LENGTH.pack(len(head)), head]
+    if asked.inline and (call.kind not in FROM_ROOT or call.rank == call.root):
+        flats = _inlined(call, asked.units)
+        says += [view_memory(flat.data_ptr(), flat.nbytes) for flat in flats]
+    elif not asked.inline and call.tensors is not None:
+        says.append(mover.announce(call))
+    heard = yield Step(b"".join(says))
     heads, tails = zip(*map(_split, heard), strict=True)
-    agreed = agree(heads)
+    if any(other != head for other in heads):
+        asked = _Asked.of(agree(heads), call.size)
+    agreed, _, inline, units = asked
     specs = agreed.specs
     if specs is None:
         if call.kind == "barrier":
             return None
         raise ProtocolViolationError(f"{call.kind}: nobody brought a tensor")
-    cutting = call.kind in CUTTING
-    units = _bundle.plan(specs, call.size, cutting=cutting)
-    if _is_inline(specs, agreed.device, call.size):
+    if inline:
         buffers = [_buffers(call, unit) for unit in units]
         _move_inlined(call, buffers, tails)
         return _outcome(call, specs, agreed.extra, buffers)
@@ -238,28 +288,15 @@ def inline_nbytes(size: int) -> int:
     return max(_INLINE_LEAST_NBYTES, min(_INLINE_NBYTES, share))
 
 
-def _is_inline(specs: Sequence[Spec] | None, device: str, size: int) -> bool:
-    return (
-        specs is not None
-        and device in {"", "cpu"}
-        and sum(spec.nbytes for spec in specs) <= inline_nbytes(size)
-    )
-
-
-def _split(said: bytes) -> tuple[bytes, bytes]:
+def _split(said: bytes) -> tuple[bytes, memoryview]:
     (length,) = _LENGTH.unpack_from(said)
-    return said[4 : 4 + length], said[4 + length :]
+    return said[4 : 4 + length], memoryview(said)[4 + length :]
 
 
-def _inlined(call: Call) -> bytes:
-    """The bytes of all tensors of a small call."""
-    tensors = call.tensors or []
+def _inlined(call: Call, units: Sequence[Unit]) -> list[torch.Tensor]:
+    """What a small call brings, flat."""
     cutting = call.kind in CUTTING
-    parts = []
-    for unit in _bundle.plan(_bundle.specs_of(tensors), call.size, cutting=cutting):
-        flat = _bundle.packed(unit, tensors, cutting=cutting)
-        parts.append(bytes(view_memory(flat.data_ptr(), flat.nbytes)))
-    return b"".join(parts)
+    return [_bundle.packed(unit, call.tensors or [], cutting=cutting) for unit in units]
 
 
 def _buffers(call: Call, unit: Unit) -> Buffers:
@@ -267,8 +304,7 @@ def _buffers(call: Call, unit: Unit) -> Buffers:
     cutting = call.kind in CUTTING
     device = call.device
     brings = call.tensors is not None and (call.kind not in FROM_ROOT or call.rank == call.root)
-    nothing = torch.empty(0, dtype=unit.dtype, device=device)
-    source = nothing
+    source = None
     owned = True
     if call.tensors is not None and (brings or call.kind == "broadcast"):
         flat = None
@@ -281,8 +317,10 @@ def _buffers(call: Call, unit: Unit) -> Buffers:
             source = _bundle.packed(unit, call.tensors, cutting=cutting)
         else:
             source = call.empty(unit.numel, unit.dtype)
+    if source is None:
+        source = torch.empty(0, dtype=unit.dtype, device=device)
     if not call.receives:
-        return Buffers(unit, source, nothing, owned)
+        return Buffers(unit, source, torch.empty(0, dtype=unit.dtype, device=device), owned)
     if call.kind in {"allreduce", "reduce", "broadcast"}:
         reuse = owned or call.inplace
         out = source if reuse else call.empty(source.numel(), unit.dtype)
@@ -296,7 +334,7 @@ def _buffers(call: Call, unit: Unit) -> Buffers:
     return Buffers(unit, source, call.empty(numel, unit.dtype), owned)
 
 
-def _move_inlined(call: Call, buffers: Sequence[Buffers], tails: Sequence[bytes]) -> None:
+def _move_inlined(call: Call, buffers: Sequence[Buffers], tails: Sequence[memoryview]) -> None:
     """Fill every ``out`` from what came with the descriptors."""
     start = 0
     for each in buffers:
@@ -305,7 +343,7 @@ def _move_inlined(call: Call, buffers: Sequence[Buffers], tails: Sequence[bytes]
         start += each.unit.nbytes
 
 
-def _give(call: Call, each: Buffers, tails: Sequence[bytes], offset: int) -> None:
+def _give(call: Call, each: Buffers, tails: Sequence[memoryview], offset: int) -> None:
     """Compute the ``out`` of a unit from the bytes that every rank brought.
 
     Args:

@@ -104,11 +104,13 @@ class DirectMover(Mover):
         return _HERE + _pack(tensors)
 
     @override
-    def move(self, call: Call, buffers: Sequence[Buffers], announced: Sequence[bytes]) -> Steps:
+    def move(
+        self, call: Call, buffers: Sequence[Buffers], announced: Sequence[memoryview]
+    ) -> Steps:
         if _PACKED in announced:
             heard = yield Step(_pack([each.source for each in buffers]))
         else:
-            heard = [said[1:] for said in announced]
+            heard = [bytes(said[1:]) for said in announced]
         sizes = [[each.unit.nbytes for each in buffers]] * call.size
         reducing = call.kind in {"allreduce", "reduce"}
         sources = yield from self._find(call, heard, sizes if reducing or call.receives else [])

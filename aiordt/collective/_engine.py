@@ -192,11 +192,14 @@ class Engine(Listener):
             self.mesh.run(self._advance_ready)
         elif timeout is not None:
             self.mesh.wake()
-        if light and not operation.future.done() and self.mesh.borrow():
-            try:
-                return await operation.future
-            finally:
-                self.mesh.give_back()
+        if light and not operation.future.done() and self.mesh.look():
+            if operation.future.done():  # the others had spoken
+                return operation.future.result()
+            if self.mesh.borrow():
+                try:
+                    return await operation.future
+                finally:
+                    self.mesh.give_back()
         return await operation.future
 
     def _take(self, operation: _Operation, step: Step) -> None:
@@ -206,9 +209,7 @@ class Engine(Listener):
             return
         operation.said = step.say
         kind, _, lane, number = operation.key
-        data = Frame(kind, lane, number, step.say).pack()
-        for other in operation.others:
-            self.mesh.send(other, data)
+        self.mesh.send(operation.others, Frame(kind, lane, number, step.say))
 
     def _claim(self, operation: _Operation) -> bool:
         """Whether an operation can go on, and is the caller's to do so. Under the lock."""
@@ -348,9 +349,7 @@ class Engine(Listener):
                 return
             self.over = ended
             body = msgpack.packb((ended.closed, ended.why))
-            data = Frame(END, 0, 0, body).pack()
-            for other in self.others:
-                self.mesh.send(other, data)
+            self.mesh.send(self.others, Frame(END, 0, 0, body))
             idle = [each for each in self._operations.values() if not each.running]
             for operation in idle:
                 operation.running = True
@@ -462,20 +461,16 @@ class Engine(Listener):
 
     def tell_turn(self, key: tuple[int, int]) -> None:
         """Tell all others that the operation of this lane and number is next."""
-        data = Frame(TURN, *key, b"").pack()
-        for other in self.others:
-            self.mesh.send(other, data)
+        self.mesh.send(self.others, Frame(TURN, *key, b""))
 
     # --- the store -------------------------------------------------------------------------
 
     def store(self, key: str, value: bytes) -> None:
         """Tell a value to all members."""
-        data = Frame(STORE, 0, 0, msgpack.packb((key, value))).pack()
         with self._news:
             self._stored[key] = value
             self._news.notify_all()
-        for other in self.others:
-            self.mesh.send(other, data)
+        self.mesh.send(self.others, Frame(STORE, 0, 0, msgpack.packb((key, value))))
 
     def has_stored(self, keys: Sequence[str]) -> bool:
         """Whether all keys are there."""

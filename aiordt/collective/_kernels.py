@@ -6,6 +6,7 @@ pieces that stay below the size from which it would start its own threads.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -75,8 +76,13 @@ class Reduction:
 
 def array_of(flat: torch.Tensor) -> Array:
     """Its memory as an array. Not ``flat.numpy()``, after which it could never be resized."""
-    dtype = torch.empty(0, dtype=flat.dtype).numpy().dtype
-    return np.frombuffer(view_memory(flat.data_ptr(), flat.nbytes, writable=True), dtype=dtype)
+    memory = view_memory(flat.data_ptr(), flat.nbytes, writable=True)
+    return np.frombuffer(memory, dtype=_numpy_dtype(flat.dtype))
+
+
+@functools.cache
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def reduce_arrays(op: str, sources: Sequence[Array], out: Array, scratch: Array | None) -> None:

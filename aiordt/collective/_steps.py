@@ -33,6 +33,11 @@ class Pending:
         self._done = False
         self._then: Callable[[], None] | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._done
+
     def finish(self) -> None:
         """It has ended."""
         with self._lock:

@@ -83,7 +83,9 @@ class TurnMover(Mover):
         """Fill the ``out`` of a unit that is not empty."""
 
     @override
-    def move(self, call: Call, buffers: Sequence[Buffers], announced: Sequence[bytes]) -> Steps:
+    def move(
+        self, call: Call, buffers: Sequence[Buffers], announced: Sequence[memoryview]
+    ) -> Steps:
         turns = self._turns[call.lane != UNTAGGED]
         yield from turns.take((call.lane, call.number))
         try:

@@ -163,7 +163,11 @@ class MpiMover(TurnMover):
                     failed.append(exc)
             if coming or going:
                 nbytes = sum(tensor.nbytes for _, tensor in (*sends, *receives))
-                self._progress.watch(self, coming, going, (sends, receives), done, nbytes=nbytes)
+                self._progress.watch(
+                    self, coming, going, (sends, receives), done, nbytes=nbytes, driven=True
+                )
+        if coming or going:
+            self._progress.drive(lambda: pending.ended)
         if (coming or going) and not failed:
             yield pending
         if failed and isinstance(failed[0], OwnerDiedError):

@@ -1,5 +1,8 @@
 """The thread that moves this process's MPI requests on, and says when they have ended.
 
+Who waits for requests that soon end may move them on itself, which saves two ways from thread to
+thread; what has not ended by then is the thread's.
+
 Invariants:
     MPG-3  Memory of a request stays referenced here until MPI has let go of it, however long after
            its group has ended that is.
@@ -15,6 +18,8 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from aiordt._progress import yield_core
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -87,6 +92,8 @@ class Progress:
         self._wake = threading.Event()
         self._delay = _LEAST_SECONDS
         self._eager_until = 0.0  # by the performance counter
+        self._turning = threading.Lock()  # one thread at a time
+        self._drivers = 0  # threads in `drive`; under the lock
         threading.Thread(target=self._run, name="aiordt-mpi", daemon=True).start()
 
     def watch(
@@ -98,8 +105,9 @@ class Progress:
         done: Callable[[Exception | None], None],
         *,
         nbytes: int,
+        driven: bool = False,
     ) -> None:
-        """Call ``done``, on the thread, when all requests have ended. Any thread.
+        """Call ``done``, on the thread or in `drive`, when all requests have ended. Any thread.
 
         Args:
             owner: As for `give_up`.
@@ -108,6 +116,7 @@ class Progress:
             keep: What MPI reads or writes.
             done: Must not raise; gets the error, if one failed.
             nbytes: How much MPI reads and writes.
+            driven: Whether the caller now calls `drive`; the thread sleeps until that returns.
         """
         work = _Work(owner, keep, done, len(receives) + len(sends), receives)
 
@@ -117,7 +126,27 @@ class Progress:
                 self._works.append(work)
             self._happened(nbytes)
 
-        self._do(add)
+        self._jobs.append(add)
+        if not driven:
+            self._wake.set()
+
+    def drive(self, ended: Callable[[], bool]) -> None:
+        """Move all requests on until ``ended``, or nothing has happened for a while.
+
+        Blocks, for some hundred µs or about as long as the bytes of the requests take.
+        """
+        with self._turning:
+            self._drivers += 1
+        while not ended():
+            with self._turning:
+                self._turn()
+            if time.perf_counter() >= self._eager_until:
+                break
+            yield_core()
+        with self._turning:
+            self._drivers -= 1
+        if self._requests or self._leaving or self._jobs:
+            self._wake.set()
 
     def begin(
         self,
@@ -180,16 +209,20 @@ class Progress:
         while True:
             if not (self._requests or self._leaving):
                 self._wake.wait()
-            if self._wake.is_set():
-                self._wake.clear()
-                while self._jobs:
-                    self._jobs.popleft()()
-                self._happened()
-            if self._requests and self._test():
-                self._happened()
-            if self._leaving:
-                self._let_go()
+            with self._turning:
+                self._turn()
             self._rest()
+
+    def _turn(self) -> None:
+        """Do what there is to do. Under the lock."""
+        self._wake.clear()
+        while self._jobs:
+            self._jobs.popleft()()
+            self._happened()
+        if self._requests and self._test():
+            self._happened()
+        if self._leaving:
+            self._let_go()
 
     def _recall(self, owner: object) -> None:
         """Let MPI forget receives for which nothing has come."""
@@ -219,8 +252,11 @@ class Progress:
     def _rest(self) -> None:
         if not (self._requests or self._leaving):
             return
+        if self._drivers:
+            self._wake.wait(_MOST_SECONDS)
+            return
         if time.perf_counter() < self._eager_until:
-            time.sleep(0)
+            yield_core()
             return
         self._wake.wait(self._delay)
         self._delay = min(self._delay * 1.5, _MOST_SECONDS)

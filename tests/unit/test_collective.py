@@ -335,6 +335,31 @@ async def test_a_loop_that_has_become_busy_keeps_nobody_waiting() -> None:  # MS
         await pending
 
 
+async def test_a_loop_looks_without_sleeping_only_for_a_moment() -> None:  # MSH-3
+    async with engines(2) as made:
+        mesh = made[0].mesh
+        for _ in range(3):  # from the second time on, the loop reads by itself
+            await asyncio.gather(*[allreduced(each, torch.ones(2)) for each in made])
+        looks = 0
+
+        def counted() -> None:
+            nonlocal looks
+            looks += 1
+            read()
+
+        read = mesh._read_here
+        mesh._read_here = counted  # type: ignore[method-assign]
+        mesh._soon = True  # the last wait was short
+        pending = asyncio.ensure_future(allreduced(made[0], torch.ones(2)))
+        await eventually(lambda: not mesh._spinning and looks > 1, what="it has looked, and sleeps")
+        before = looks
+        await asyncio.sleep(0.05)
+        assert looks <= before + 1, "it sleeps until something comes"
+        await allreduced(made[1], torch.ones(2))
+        await pending
+        assert not mesh._soon, "that wait was long"
+
+
 class Ordered(Listener):
     """Notes the numbers of frames, and whether two threads ever were here at once."""
 
@@ -380,7 +405,7 @@ async def test_loop_and_thread_never_read_at_once() -> None:  # MSH-1
 
     def write() -> None:
         for number in range(total):
-            writer.send(0, Frame(0, 0, number, b"").pack())
+            writer.send([0], Frame(0, 0, number, b""))
 
     try:
         writing = asyncio.ensure_future(asyncio.to_thread(write))

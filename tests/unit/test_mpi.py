@@ -33,6 +33,25 @@ progress.watch("never", [never], [], None, lambda error: left.set(), nbytes=5)
 sent = comm.Isend([data, 5, byte], 0, 1)
 progress.watch("a", [got], [sent], (room, data), lambda error: ended.set(), nbytes=10)
 assert ended.wait(20) and room == data and not left.is_set()
+
+# Who waits moves requests on by itself, in its own thread; the rest is the other's again.
+here, driver = [], threading.get_ident()
+for tag in (3, 4):
+    got = comm.Irecv([room, 5, byte], 0, tag)
+    note = lambda error: here.append(threading.get_ident())
+    progress.watch("a", [got], [], room, note, nbytes=5, driven=True)
+    if tag == 3:
+        comm.Isend([data, 5, byte], 0, tag)
+        progress.drive(lambda: bool(here))
+        assert here == [driver]
+progress.drive(lambda: len(here) > 1)
+assert here == [driver], "it gives up waiting"
+comm.Isend([data, 5, byte], 0, 4)
+deadline = time.monotonic() + 20
+while len(here) < 2 and time.monotonic() < deadline:
+    time.sleep(0.001)
+assert len(here) == 2 and here[1] != driver
+
 clean = []
 progress.give_up("never", 10.0, clean.append)
 assert left.wait(20), "it is recalled"
