@@ -225,8 +225,11 @@ def _settings() -> Generator[None]:
     """While MPI is initialised: variables that it then reads, unless the user has set them."""
     made = {
         _NETMOD: "ucx",
-        # UCX ends the process when it reads the memory of one that has died.
-        "UCX_TLS": "^cma,knem,xpmem",
+        # Nothing that a process may leave broken in another when it dies. All that write to the
+        # memory of one share its queue there; who is killed between taking a place in it and
+        # marking that as written stops it for good, for all of them. And UCX ends the process when
+        # it reads the memory of one that has died. By TCP each has a connection of its own.
+        "UCX_TLS": "^shm",
         # Calls that block, of which there are some while a group forms, sleep between two looks
         # instead of spinning: one that waits for a member that is gone cannot be ended.
         "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
