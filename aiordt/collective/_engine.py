@@ -468,13 +468,13 @@ class Engine(Listener):
 
     # --- the store -------------------------------------------------------------------------
 
-    def store(self, key: str, value: bytes) -> None:
-        """Tell a value to all members."""
+    def store(self, key: str, value: bytes, to: Sequence[int] | None = None) -> None:
+        """Tell a value to some members, or to all."""
         data = Frame(STORE, 0, 0, msgpack.packb((key, value))).pack()
         with self._news:
             self._stored[key] = value
             self._news.notify_all()
-        for other in self.others:
+        for other in self.others if to is None else to:
             self.mesh.send(other, data)
 
     def has_stored(self, keys: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -165,7 +166,7 @@ def _start() -> Library:
     version = _version(api)
     link = Link.current
     place = "" if link is None else os.environ.get(WORLD, "")
-    name = f"aiordt-{os.urandom(12).hex()}"
+    name = f"aiordt-{time.time_ns():020}-{os.urandom(8).hex()}"  # in the order of their ages
     if api.Is_finalized():
         raise unavailable("this process has finalised MPI")
     if link is not None and place:
