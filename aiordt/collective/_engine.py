@@ -465,12 +465,13 @@ class Engine(Listener):
 
     # --- the store -------------------------------------------------------------------------
 
-    def store(self, key: str, value: bytes) -> None:
-        """Tell a value to all members."""
+    def store(self, key: str, value: bytes, to: Sequence[int] | None = None) -> None:
+        """Tell a value to some members, or to all."""
         with self._news:
             self._stored[key] = value
             self._news.notify_all()
-        self.mesh.send(self.others, Frame(STORE, 0, 0, msgpack.packb((key, value))))
+        ranks = self.others if to is None else to
+        self.mesh.send(ranks, Frame(STORE, 0, 0, msgpack.packb((key, value))))
 
     def has_stored(self, keys: Sequence[str]) -> bool:
         """Whether all keys are there."""

@@ -1,17 +1,15 @@
 """MPI: payloads of groups move by its non-blocking requests.
 
 The group's own connections match the calls, and tell of a member's death, which MPI does not. Of
-MPI there is a communicator for calls without tags and one for those with, and on them only
-messages from one member to another. Its own collectives cannot be recalled, and go on sending to
-a member that has died: that crashes MPICH 5.0. Ours send no more bytes than the
-best of them; shares are reduced in the order of the ranks, each by one member, so all get the same
-bits.
+MPI there are only messages from one member to another: see `aiordt.collective._joining`. Its own
+collectives cannot be recalled, and go on sending to a member that has died: that crashes MPICH 5.0.
+Ours send no more bytes than the best of them; shares are reduced in the order of the ranks, each
+by one member, so all get the same bits.
 
 Invariants:
     MPG-6  Once a group has ended no request of it is begun, what has not begun to arrive is
-           recalled, and within 0.5 s nobody waits for the rest. The communicators of a group that
-           did not end in order are never used again, nor freed: another could get their number,
-           and with it what was sent to them.
+           recalled, and within 0.5 s nobody waits for the rest. The tags of a group that did not
+           end in order are never used again: another could get what was sent with them.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from aiordt._errors import (
     UnavailableError,
 )
 from aiordt._types import MIB
-from aiordt.collective._joining import MAX_MEMBERS, Joining, apart
+from aiordt.collective._joining import LANE_BITS, Joining, apart
 from aiordt.collective._kernels import Reduction
 from aiordt.collective._rules import REDUCING, working_dtype
 from aiordt.collective._steps import Ended, Pending
@@ -53,10 +51,10 @@ if TYPE_CHECKING:
 _GRACE_SECONDS: Final = 0.5
 #: Of reductions: pieces of all members fit into a core's cache.
 _PIECE_NBYTES: Final = MIB // 2
-#: The tag of all that collectives send: a communicator has one of them at a time. Those of messages
+#: The tag of all that collectives send: a lane has one of them at a time. Those of messages
 #: follow; any that are under way at once, of two members, have different ones.
 _COLLECTIVE: Final = 0
-_NUM_MESSAGES: Final = 32767
+_NUM_MESSAGES: Final = (1 << LANE_BITS) - 1
 
 #: What goes to a rank, or comes from it.
 _Parts: TypeAlias = "list[tuple[int, torch.Tensor]]"
@@ -92,7 +90,7 @@ class MpiMover(TurnMover):
     """
 
     def __init__(self, engine: Engine, seconds: float) -> None:
-        """Make the communicators; blocks until all members do, too.
+        """Connect to the others; blocks until they do, too.
 
         Raises:
             GroupError: The group ended meanwhile, or a member did not come.
@@ -104,8 +102,8 @@ class MpiMover(TurnMover):
         self._progress = _progress_of(self._mpi)
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        places = _places(engine, self._mpi, members)
-        self._comms = apart(engine, self._mpi, Joining(engine, self._mpi, places, seconds).run)
+        places = _places(self._mpi, members)
+        self._lines = apart(engine, Joining(engine, self._mpi, places, seconds).run)
         engine.on_end(self._end)
 
     def _end(self) -> None:
@@ -113,13 +111,11 @@ class MpiMover(TurnMover):
         orderly = self._engine.over is not None and self._engine.over.closed
         unused = orderly and not self._engine.busy
         with self._lock:
-            comms, self._comms = self._comms, []
+            pass  # who has seen that it goes on has made its requests
 
         def then(clean: bool) -> None:  # noqa: FBT001
             if unused and clean:
-                with self._mpi.calls.by(self):
-                    for comm in comms:
-                        comm.Free()
+                self._lines.let_go()
 
         self._progress.give_up(self, _GRACE_SECONDS, then)
 
@@ -129,7 +125,7 @@ class MpiMover(TurnMover):
         yield
 
     def _exchange(self, which: int, sends: _Parts, receives: _Parts, tag: int) -> Steps:
-        """Send and receive on a communicator, wait for the end of all, and raise an error.
+        """Send and receive on a lane, wait for the end of all, and raise an error.
 
         What is empty is left out, by both ends.
         """
@@ -149,16 +145,18 @@ class MpiMover(TurnMover):
         going: list[Any] = []
         with self._lock:
             self._engine.check()
-            comm = self._comms[which]
+            lane = self._lines.lanes[which]
             with self._mpi.calls.by(pending):
                 try:
                     for rank, tensor in receives:
-                        coming.append(comm.Irecv(self._memory(tensor), rank, tag))
+                        comm, place, first = lane[rank]
+                        coming.append(comm.Irecv(self._memory(tensor), place, first + tag))
                     for rank, tensor in sends:
                         if not self._engine.mesh.is_there(rank):  # sending would crash MPICH 5.0
                             label = self._engine.label(rank)
                             raise OwnerDiedError(f"{label} is gone", owner=label)
-                        going.append(comm.Isend(self._memory(tensor), rank, tag))
+                        comm, place, first = lane[rank]
+                        going.append(comm.Isend(self._memory(tensor), place, first + tag))
                 except (OwnerDiedError, self._api.Exception) as exc:
                     failed.append(exc)
             if coming or going:
@@ -271,10 +269,11 @@ class MpiMover(TurnMover):
                 self._engine.check()
                 if not self._engine.mesh.is_there(other):  # sending would crash MPICH 5.0
                     raise GroupError(f"{self._engine.label(other)} is gone")
-                tagged = self._comms[1]  # where collectives leave these tags alone
-                call = tagged.Isend if sending else tagged.Irecv
+                # The lane where collectives leave these tags alone.
+                comm, place, first = self._lines.lanes[1][other]
+                call = comm.Isend if sending else comm.Irecv
                 with self._mpi.calls.by(make):
-                    return call(self._memory(memory), other, _COLLECTIVE + tag)
+                    return call(self._memory(memory), place, first + _COLLECTIVE + tag)
 
         def ended(error: Exception | None) -> None:
             engine = self._engine
@@ -365,16 +364,11 @@ def _agreed(engine: Engine, seconds: float) -> tuple[Library, list[_Member]]:
     return mpi, members
 
 
-def _places(engine: Engine, mpi: Library, members: Sequence[_Member]) -> list[tuple[str, int]]:
+def _places(mpi: Library, members: Sequence[_Member]) -> list[tuple[str, int]]:
     """Where the members are, if they can be joined.
 
     Raises:
         UnavailableError: They are too many.
     """
-    if mpi.alone and engine.size > MAX_MEMBERS:
-        raise unavailable(
-            f"a group of {engine.size}, and no more than {MAX_MEMBERS} processes can be joined: "
-            "start them by python -m aiordt.mpi run"
-        )
     mpi.meet({member.world for member in members} - {mpi.world})
     return [(member.world, member.rank) for member in members]

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -165,7 +166,7 @@ def _start() -> Library:
     version = _version(api)
     link = Link.current
     place = "" if link is None else os.environ.get(WORLD, "")
-    name = f"aiordt-{os.urandom(12).hex()}"
+    name = f"aiordt-{time.time_ns():020}-{os.urandom(8).hex()}"  # in the order of their ages
     if api.Is_finalized():
         raise unavailable("this process has finalised MPI")
     if link is not None and place:
@@ -225,8 +226,11 @@ def _settings() -> Generator[None]:
     """While MPI is initialised: variables that it then reads, unless the user has set them."""
     made = {
         _NETMOD: "ucx",
-        # UCX ends the process when it reads the memory of one that has died.
-        "UCX_TLS": "^cma,knem,xpmem",
+        # Nothing that a process may leave broken in another when it dies. All that write to the
+        # memory of one share its queue there; who is killed between taking a place in it and
+        # marking that as written stops it for good, for all of them. And UCX ends the process when
+        # it reads the memory of one that has died. By TCP each has a connection of its own.
+        "UCX_TLS": "^shm",
         # Calls that block, of which there are some while a group forms, sleep between two looks
         # instead of spinning: one that waits for a member that is gone cannot be ended.
         "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",

@@ -8,6 +8,10 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
+from aiordt._errors import UnavailableError
+from aiordt.collective._joining import _MAX_NUMBERS, _free, in_turn
 from aiordt.mpi._alone import _serve
 from aiordt.mpi._library import Calls
 
@@ -21,6 +25,8 @@ mpi = library()
 assert library() is mpi
 assert mpi.alone and mpi.rank == 0 and mpi.api.COMM_WORLD.size == 1
 assert dict(os.environ) == before, "what is started from here is no rank of ours"
+maps = open("/proc/self/maps", encoding="ascii").read()
+assert "/SYSV" not in maps and "ucx_shm" not in maps, "queues that who dies could stop"
 from aiordt.mpi._progress import Progress
 
 progress = Progress(mpi)
@@ -135,3 +141,23 @@ def test_one_thread_calls_at_a_time() -> None:  # MPG-7
     assert order == ["waits", "stuck", "still"]
     with calls.by("again"):
         pass
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 9, 32])
+def test_members_meet_in_an_order_that_lets_all_go_on(size: int) -> None:
+    left = [list(in_turn(size, rank)) for rank in range(size)]
+    for rank, others in enumerate(left):
+        assert sorted([*others, rank]) == list(range(size))
+    while any(left):
+        first = [others[0] if others else -1 for others in left]
+        pairs = [rank for rank, other in enumerate(first) if other >= 0 and first[other] == rank]
+        assert pairs, left
+        for rank in pairs:
+            del left[rank][0]
+
+
+def test_a_group_gets_a_number_that_nobody_uses() -> None:  # MPG-8
+    assert _free([[], []]) == 0
+    assert _free([[0, 1], [3], [2, 0]]) == 4
+    with pytest.raises(UnavailableError, match="make new actors"):
+        _free([list(range(_MAX_NUMBERS))])
