@@ -270,6 +270,13 @@ def nodes_by_address() -> dict[str, str]:
     return {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
+def nodes() -> dict[str, int]:
+    """The nodes that are alive, and their CPUs. Blocks for a round trip to the GCS."""
+    session()
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in alive}
+
+
 def before_shutdown(callback: Callable[[], None]) -> None:
     """Call ``callback`` whenever the user calls ``ray.shutdown``, which has no hook for that."""
     original = ray_worker.shutdown
@@ -405,6 +412,15 @@ def ready_now(refs: Sequence[ray.ObjectRef[Any]]) -> list[ray.ObjectRef[Any]]:
     """Those that exist or have failed at this moment; ~4 µs each, fetches nothing."""
     ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
     return list(ready)
+
+
+def object_place(ref: ray.ObjectRef[Any]) -> tuple[int, Sequence[str]]:
+    """How large an object that exists is, and the nodes that have it. Blocks for a round trip.
+
+    Of what Ray keeps with its owner, the small, there are none.
+    """
+    found = ray.experimental.get_object_locations([ref])[ref]
+    return int(found.get("object_size") or 0), tuple(found.get("node_ids") or ())
 
 
 async def object_ready(ref: ray.ObjectRef[Any]) -> None:
