@@ -122,5 +122,18 @@ def collectives(
     command.run(settings, json_path=json, plot_path=plot)
 
 
+@app.command()
+def flow(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw latencies here (PNG).")] = None,
+) -> None:
+    """Graphs placed by group beside plain Ray, on several raylets, and simulated on many nodes."""
+    from benchmarks import flow as command  # noqa: PLC0415
+
+    command.run(command.Settings.choose(quick=quick), json_path=json, plot_path=plot)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -246,7 +246,8 @@ class ReduceGroup(Group):
                     owner=f"actor {str(_ray.actor_id_of(handle))[:12]}",
                 ) from exc
             except Exception as exc:
-                if left and await renewed(context, self._sources(elements), exc):
+                used = list(zip(elements, values, strict=True))
+                if left and await renewed(context, used, exc):
                     continue
                 exc.add_note(
                     f"in {self.label}[{index}], a call of a flow, on actor "
@@ -254,16 +255,6 @@ class ReduceGroup(Group):
                 )
                 raise
         raise AssertionError
-
-    def _sources(self, elements: Sequence[Element]) -> Sequence[Element]:
-        """What is to be made again if inputs are lost: of partitions, the pieces, too."""
-        more = [
-            element
-            for group in self._given
-            if isinstance(group, ShuffleGroup)
-            for element in group.inputs[0].known
-        ]
-        return [*elements, *more]
 
     async def _handle(self, index: int, rows: Sequence[list[Element]], values: list[Any]) -> Any:  # noqa: ANN401
         if not isinstance(self._actors, ActorGroup):

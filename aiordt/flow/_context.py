@@ -156,7 +156,7 @@ class Work:
     function: Function
     arguments: Callable[[], Awaitable[list[Any]]]
     located: Callable[[list[Any]], Located]
-    renew: Callable[[str], Awaitable[tuple[bool, set[str]]]]
+    renew: Callable[[str, list[Any]], Awaitable[tuple[bool, set[str]]]]
     placed: Callable[[Decision], None]
 
 
@@ -398,7 +398,7 @@ class Context(AsyncResource):
             if done:
                 return result
             lost = result
-            again, gone = await work.renew(lost_owner(result))
+            again, gone = await work.renew(lost_owner(result), arguments)
             if not again:
                 break
             self.drop_workers(gone)

@@ -66,6 +66,10 @@ class Element:
         """Let go of the value."""
         self._shared.forget()
 
+    def behind(self) -> Sequence[Element]:
+        """Elements whose values are in its own."""
+        return self._group.behind()
+
     def refs(self) -> list[TensorRef]:
         """The refs in its value, if it has one."""
         return refs_in(self._shared.now())
@@ -100,6 +104,10 @@ class Group(ABC):
     @abstractmethod
     async def make(self, index: int) -> Any:  # noqa: ANN401
         """Make an element."""
+
+    def behind(self) -> Sequence[Element]:
+        """Elements of others whose values are in its own elements'."""
+        return ()
 
     async def count(self) -> int:
         """How many elements there are, in the end."""
@@ -312,27 +320,25 @@ async def all_values(elements: Sequence[Element]) -> list[Any]:
     return await run_all([element.value() for element in elements]) if elements else []
 
 
-async def forget_lost(elements: Sequence[Element], who: str) -> tuple[bool, set[str]]:
+async def forget_lost(used: Sequence[tuple[Element, Any]], who: str) -> tuple[bool, set[str]]:
     """Forget the values that have something of a process that is gone.
 
     Args:
-        elements: What to look at.
+        used: Elements, and the values that they had; they may have others by now.
         who: The process, as an error called it.
 
     Returns:
-        Whether there were any, and the actors that are gone.
+        Whether there were any, so that others are to be had, and the actors that are gone.
     """
-    by_owner: dict[Owner, list[Element]] = {}
-    named: set[Owner] = set()
-    for element in elements:
-        for ref in element.refs():
-            by_owner.setdefault(ref.owner, []).append(element)
-            if who in {str(ref.owner), str(ref.header.address)}:
-                named.add(ref.owner)
-    gone = named or {owner for owner in by_owner if await current().workers.run(_gone(owner))}
-    for owner in gone:
-        for element in by_owner[owner]:
-            element.forget()
+    refs = [ref for _, value in used for ref in refs_in(value)]
+    gone = {ref.owner for ref in refs if who in {str(ref.owner), str(ref.header.address)}}
+    if not gone:
+        owners = {ref.owner for ref in refs}
+        gone = {owner for owner in owners if await current().workers.run(_gone(owner))}
+    for element, _ in used:
+        for each in (element, *element.behind()):
+            if any(ref.owner in gone for ref in each.refs()):
+                each.forget()
     return bool(gone), {owner.actor_id for owner in gone if owner.actor_id}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -41,7 +40,11 @@ class Node:
         self._group = group
         group.pin()
         self._all = Shared(group.values)
-        weakref.finalize(self, group.unpin).atexit = False
+
+    def __del__(self) -> None:
+        group = getattr(self, "_group", None)  # there is none if it was refused
+        if group is not None:
+            group.unpin()
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
         return self.eval().__await__()

@@ -98,8 +98,10 @@ class Cluster:
         """A node is gone, and what ran on it (PLC-2)."""
         for table in (self._slots, self._order, self._tasks, self._actors):
             table.pop(node, None)
-        for members in self._groups.values():
+        for group, members in list(self._groups.items()):
             members.pop(node, None)
+            if not members:
+                del self._groups[group]
 
     def begin(self, group: int, node: str, *, actor: bool = False) -> None:
         """A task or actor of a group is on a node, or on its way there."""

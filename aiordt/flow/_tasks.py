@@ -59,8 +59,9 @@ class TaskGroup(Group):
         def placed(decision: Decision) -> None:
             self.decisions[index] = decision
 
-        async def renew(owner: str) -> tuple[bool, set[str]]:
-            return await forget_lost(elements, owner)
+        async def renew(owner: str, arguments: list[Any]) -> tuple[bool, set[str]]:
+            used = zip(elements, arguments[len(own) :], strict=True)
+            return await forget_lost(list(used), owner)
 
         return await Context.current().run(
             Work(
@@ -154,6 +155,10 @@ class ShuffleGroup(Group):
     async def make(self, index: int) -> Any:
         return [value[index] for value in await self._pieces()]
 
+    @override
+    def behind(self) -> Sequence[Element]:
+        return self.inputs[0].known
+
     async def _pieces(self) -> list[Any]:
         values = await all_values(await self.inputs[0].elements())
         for number, value in enumerate(values):
@@ -189,20 +194,23 @@ class GatherGroup(Group):
         element = (await self.inputs[0].elements())[index]
         context = Context.current()
         for left in reversed(range(1 + context.retries)):
+            value = await element.value()
             try:
-                return await get(sent(await element.value()))
+                return await get(sent(value))
             except Exception as exc:
-                if not left or not await renewed(context, [element], exc):
+                if not left or not await renewed(context, [(element, value)], exc):
                     raise
         raise AssertionError
 
 
-async def renewed(context: Context, elements: Sequence[Element], exc: Exception) -> bool:
+async def renewed(
+    context: Context, used: Sequence[tuple[Element, Any]], exc: Exception
+) -> bool:
     """Whether an error means that some of these values are lost, and they were forgotten."""
     cause = getattr(exc, "cause", exc)  # of what Ray carries
     who = lost_owner(cause)
     if not who:
         return False
-    again, gone = await forget_lost(elements, who)
+    again, gone = await forget_lost(used, who)
     context.drop_workers(gone)
     return again

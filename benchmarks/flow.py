@@ -1,0 +1,329 @@
+"""Graphs placed by group beside plain Ray: what crosses nodes, and how long batches take.
+
+The program is that of `_flow_cluster`: a broadcast, two maps, a cut, reducers that get all pieces.
+All nodes are raylets of this machine, so bytes are counted and no network is slow: latencies say
+what the two ways themselves cost. What slow links make of the bytes is simulated, by the
+policies that place the real graphs; the simulated small case is held against the measured one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import matplotlib as mpl
+import ray
+from matplotlib.figure import Figure
+
+import aiordt
+from aiordt.flow import Cluster, DefaultPolicy, GroupPolicy, Request, release_workers
+from benchmarks._cluster import reason
+from benchmarks._figures import Run
+from benchmarks._flow_cluster import FlowWay, RayWay, raylets
+from benchmarks._flow_simulator import Machine, Program, RayLike, Simulation, optimum
+from benchmarks._measure import MIB, Spread, format_nbytes, format_seconds
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aiordt.flow import Policy
+    from benchmarks._figures import Figures
+
+GROUP: Final = "aiordt flow"
+BLIND: Final = 'aiordt flow, placement="default"'
+RAY: Final = "plain Ray"
+
+_ERRORS: Final = (ray.exceptions.RayError, aiordt.AiordtError, TimeoutError, RuntimeError, OSError)
+_GRAIN: Final = 4
+#: Seconds from one simulated batch to the next.
+_PERIOD: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a run measures.
+
+    Attributes:
+        nodes: How many raylets.
+        slots: Tasks that each runs at a time.
+        reducers: How many actors.
+        nbytes: What a map returns while bytes are counted; a piece is a quarter.
+        sizes: What maps return while batches are timed.
+        batches: How many are timed of each size.
+        simulated: Numbers of nodes.
+    """
+
+    nodes: int
+    slots: int
+    reducers: int
+    nbytes: int
+    sizes: tuple[int, ...]
+    batches: int
+    simulated: tuple[int, ...]
+
+    @classmethod
+    def choose(cls, *, quick: bool) -> Settings:
+        """The defaults of a quick or full run."""
+        if quick:
+            return cls(
+                nodes=2,
+                slots=1,
+                reducers=1,
+                nbytes=MIB,
+                sizes=(MIB,),
+                batches=3,
+                simulated=(10, 100),
+            )
+        return cls(
+            nodes=3,
+            slots=4,
+            reducers=4,
+            nbytes=4 * MIB,
+            sizes=(MIB, 4 * MIB, 15 * MIB),
+            batches=12,
+            simulated=(10, 100, 1_000, 10_000),
+        )
+
+    def program(self, maps: int, nbytes: int, batches: int = 3) -> Program:
+        """What both ways run."""
+        return Program(
+            maps=maps,
+            reducers=self.reducers,
+            nbytes=nbytes,
+            piece=nbytes // _GRAIN,
+            batches=batches,
+        )
+
+
+def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -> Figures:
+    """Measure, print, and write what was asked for."""
+    a_run = Run("Flows: placed by group, and plain Ray", dataclasses.asdict(settings))
+    lot = _Lot(a_run, settings)
+    lot.time_policies()
+    lot.simulate()
+    a_run.say(f"starting {settings.nodes} raylets")
+    try:
+        # Twice the CPUs, so that the workers of the flow leave plain Ray as many as they have.
+        with raylets(settings.nodes, 2 * settings.slots):
+            asyncio.run(lot.measure())
+    except _ERRORS as exc:
+        a_run.figures.unavailable["the rest"] = reason(exc)
+    lot.judge()
+    figures = a_run.finish(json_path, None)
+    if plot_path is not None:
+        plot(lot.latencies, plot_path)
+        a_run.say(f"plot: {plot_path}")
+    return figures
+
+
+class _Lot:
+    """All that is measured."""
+
+    def __init__(self, a_run: Run, settings: Settings) -> None:
+        self._run = a_run
+        self._figures = a_run.figures
+        self._settings = settings
+        self._crossed: dict[tuple[str, int], int] = {}
+        self._per_task: dict[int, float] = {}
+        self.latencies: dict[tuple[int, str], list[float]] = {}
+
+    # --- without Ray ---------------------------------------------------------------------------
+
+    def time_policies(self) -> None:
+        """What a decision costs, with its bookkeeping."""
+        for nodes in (self._settings.nodes, *self._settings.simulated):
+            samples = [_seconds_a_task(nodes, number) for number in range(10)]
+            self._per_task[nodes] = statistics.median(samples)
+            self._figures.add("policy, for each task", f"aiordt flow, {nodes} nodes", samples)
+
+    def simulate(self) -> None:
+        """Clusters that are not there."""
+        settings = self._settings
+        for nodes in settings.simulated:
+            self._run.say(f"simulating {nodes} nodes")
+            maps = nodes * 4
+            program = dataclasses.replace(
+                settings.program(maps, 4 * MIB, batches=1 if nodes > 1000 else 3), reducers=4
+            )
+            machine = Machine(nodes=nodes, slots=4)
+            best = optimum(nodes, 4, program)
+            for name, policy, first in _simulated_ways():
+                out = Simulation(machine, policy, actors_first=first).run(program)
+                self._figures.add(
+                    f"simulated, {nodes} nodes, {maps} maps",
+                    name,
+                    out.latencies,
+                    **{"/ optimum": f"{out.crossed / best:.2f}"},
+                )
+        for nbytes in (MIB, 4 * MIB, 15 * MIB):
+            program = dataclasses.replace(
+                settings.program(40, nbytes, batches=20), reducers=4, period=_PERIOD
+            )
+            for name, policy, first in _simulated_ways():
+                out = Simulation(Machine(nodes=10, slots=4), policy, actors_first=first).run(program)
+                self._figures.add(
+                    f"simulated stream, 10 nodes, {format_nbytes(nbytes)} a map",
+                    name,
+                    out.latencies,
+                    p99=format_seconds(Spread.of(out.latencies).p99),
+                )
+
+    # --- with Ray ------------------------------------------------------------------------------
+
+    async def measure(self) -> None:
+        """Bytes that cross, then latencies, both ways in turn."""
+        settings = self._settings
+        slots = settings.nodes * settings.slots
+        for maps in (slots, 2 * slots):
+            for name in (GROUP, BLIND, RAY):
+                self._run.say(f"bytes that cross, {maps} maps, {name}")
+                way = self._way(name, settings.program(maps, settings.nbytes))
+                await way.run(batches=3, count=True)
+                self._crossed[name, maps] = way.crossed
+                await way.aclose()
+            self._show_crossed(maps)
+        for nbytes in settings.sizes:
+            program = settings.program(slots, nbytes)
+            ways = {name: self._way(name, program) for name in (GROUP, RAY)}
+            for way in ways.values():
+                await way.run(batches=1)
+            for number in range(settings.batches):
+                self._run.say(f"{format_nbytes(nbytes)} a map, batch {number + 1}")
+                for name, way in ways.items():
+                    key = nbytes, name
+                    self.latencies.setdefault(key, []).extend(await way.run(batches=1))
+            for name, way in ways.items():
+                samples = self.latencies[nbytes, name]
+                self._figures.add(
+                    f"a batch of {program.maps} x {format_nbytes(nbytes)}",
+                    name,
+                    samples,
+                    mean=format_seconds(statistics.fmean(samples)),
+                    p99=format_seconds(Spread.of(samples).p99),
+                )
+                await way.aclose()
+        await release_workers()
+
+    def _way(self, name: str, program: Program) -> Any:  # noqa: ANN401
+        if name == RAY:
+            return RayWay(program)
+        workers = self._settings.nodes * self._settings.slots
+        return FlowWay(program, "group" if name == GROUP else "default", workers)
+
+    def _small_case(self, maps: int) -> dict[str, int]:
+        """What the simulator says of what was measured."""
+        settings = self._settings
+        program = settings.program(maps, settings.nbytes)
+        machine = Machine(nodes=settings.nodes, slots=settings.slots)
+        found = {}
+        for name, make in (
+            (GROUP, GroupPolicy),
+            (RAY, functools.partial(RayLike, 1)),
+        ):
+            simulation = Simulation(machine, make(), actors_first=name == RAY)
+            found[name] = simulation.run(program).crossed
+        return found
+
+    def _show_crossed(self, maps: int) -> None:
+        settings = self._settings
+        program = settings.program(maps, settings.nbytes)
+        best = optimum(settings.nodes, settings.slots, program)
+        simulated = self._small_case(maps)
+        for name in (GROUP, BLIND, RAY):
+            crossed = self._crossed[name, maps]
+            words = f"{crossed / MIB:.1f} MiB crossed, {crossed / max(best, 1):.2f} x the optimum"
+            if name in simulated:
+                words += f", {simulated[name] / MIB:.1f} MiB simulated"
+            self._run.say(f"{maps} maps on {settings.nodes * settings.slots} slots, {name}: {words}")
+
+    def judge(self) -> None:
+        """Hold what was found against the goals."""
+        settings, figures = self._settings, self._figures
+        slots = settings.nodes * settings.slots
+        for maps, limit in ((slots, 1.0), (2 * slots, 1.15)):
+            program = settings.program(maps, settings.nbytes)
+            best = optimum(settings.nodes, settings.slots, program)
+            crossed = self._crossed.get((GROUP, maps))
+            theirs = self._crossed.get((RAY, maps), 0)
+            what = f"bytes that cross, {maps} maps on {slots} slots"
+            figures.judge(
+                what,
+                f"≤ {limit} x the optimum of {best / MIB:g} MiB",
+                None if crossed is None else crossed / best,
+                limit,
+                f"{(crossed or 0) / MIB:.1f} MiB; {RAY} {theirs / MIB:.1f} MiB",
+            )
+            for name, simulated in self._small_case(maps).items():
+                measured = self._crossed.get((name, maps))
+                off = None if not measured else abs(simulated / measured - 1)
+                figures.judge(
+                    f"{what}: the simulator, {name}",
+                    "within 15 % of what was measured",
+                    off,
+                    0.15,
+                    f"{simulated / MIB:.1f} MiB for {(measured or 0) / MIB:.1f} MiB",
+                )
+        for nodes, seconds in self._per_task.items():
+            figures.judge(
+                f"policy, {nodes} nodes", "≤ 50 µs a task", seconds, 50e-6, format_seconds(seconds)
+            )
+
+
+def _simulated_ways() -> list[tuple[str, Policy, bool]]:
+    """Of each: its name, its policy, and whether its actors are there before the data."""
+    return [(GROUP, GroupPolicy(), False), (BLIND, DefaultActors(), True), (RAY, RayLike(1), True)]
+
+
+class DefaultActors(DefaultPolicy):
+    """`DefaultPolicy` where nobody else places the actors."""
+
+    def place(self, request: Request, cluster: Cluster) -> list[Any]:
+        """As tasks."""
+        if request.actors:
+            request = dataclasses.replace(request, actors=False)
+        return super().place(request, cluster)
+
+
+def _seconds_a_task(nodes: int, seed: int) -> float:
+    """Placing a group on its broadcast, then one task after the other on its data."""
+    policy = GroupPolicy()
+    names = [f"node{number}" for number in range(nodes)]
+    cluster = Cluster(dict.fromkeys(names, 4))
+    near = {names[seed % nodes]: MIB}
+    tasks = 4 * nodes
+    begun = time.perf_counter()
+    first = policy.place(Request(1, [{}] * tasks, near), cluster)
+    for each in first:
+        cluster.begin(1, each.node or "")
+    for each in first:
+        cluster.end(1, each.node or "")
+        (then,) = policy.place(Request(2, [{each.node or "": MIB}]), cluster)
+        cluster.begin(2, then.node or "")
+        cluster.end(2, then.node or "")
+    return (time.perf_counter() - begun) / (2 * tasks)
+
+
+def plot(latencies: dict[tuple[int, str], list[float]], path: Path) -> None:
+    """Draw how many batches ended within which time, for each size."""
+    sizes = sorted({nbytes for nbytes, _ in latencies})
+    colours = {GROUP: "#0072B2", RAY: "#999999"}
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(3.2 * max(len(sizes), 1), 3), layout="constrained")
+        panels = figure.subplots(1, max(len(sizes), 1), squeeze=False, sharey=True)
+        for axes, nbytes in zip(panels[0], sizes, strict=False):
+            for name, colour in colours.items():
+                samples = sorted(latencies.get((nbytes, name), []))
+                shares = [(number + 1) / len(samples) for number in range(len(samples))]
+                axes.step(samples, shares, where="post", color=colour, label=name)
+            axes.set_title(f"{format_nbytes(nbytes)} a map")
+            axes.set_xlabel("seconds for a batch")
+            axes.set_xlim(left=0)
+        panels[0][0].set_ylabel("share of batches")
+        panels[0][0].legend(frameon=False, loc="lower right")
+        figure.savefig(path, dpi=150)
