@@ -182,6 +182,12 @@ def actor_id_of(handle: object) -> str | None:
     return str(handle._actor_id.hex())  # noqa: SLF001
 
 
+def says_where(actor_class: Any) -> bool:  # noqa: ANN401
+    """Whether the options of a class that `ray.remote` has decorated say where its actors go."""
+    where = {"label_selector", "fallback_strategy", "scheduling_strategy", "placement_group"}
+    return not where.isdisjoint(actor_class._default_options)  # noqa: SLF001
+
+
 def own_handle() -> bytes:
     """A handle of this actor as bytes, for `weak_handle`."""
     handle = ray.get_runtime_context().current_actor

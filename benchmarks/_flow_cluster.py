@@ -13,10 +13,11 @@ from ray.cluster_utils import Cluster
 
 import aiordt
 from aiordt import flow
+from benchmarks._cluster import start
 from benchmarks._measure import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from benchmarks._flow_simulator import Program
 
@@ -70,7 +71,7 @@ def expected(program: Program) -> float:
 class FlowReducer(aiordt.AsyncActor):
     """A reducer that pulls its parts."""
 
-    async def reduce(self, *refs: Any) -> tuple[float, str]:
+    async def reduce(self, *refs: aiordt.TensorRef) -> tuple[float, str]:
         return summed(await aiordt.get(list(refs))), here()
 
 
@@ -89,31 +90,32 @@ class FlowWay:
     """The program as a flow; its reducers live as long as it.
 
     Args:
-        program: What runs.
+        reducers: How many.
         placement: Of the context.
         workers: How many.
     """
 
-    def __init__(self, program: Program, placement: str, workers: int) -> None:
-        self._program = program
+    def __init__(self, reducers: int, placement: str, workers: int) -> None:
         self._placement = placement
         self._workers = workers
-        self._reducers = flow.InitActors(FlowReducer, program.reducers)
-        self.crossed = 0
+        self._reducers = flow.InitActors(FlowReducer, reducers)
 
-    async def run(self, *, batches: int, count: bool = False) -> list[float]:
-        """Run some batches on one broadcast; the seconds that each took.
+    async def run(self, program: Program, *, count: bool = False) -> tuple[list[float], int]:
+        """Run the program's batches on one broadcast.
 
         Args:
-            batches: How many.
+            program: What runs.
             count: Count what crosses, by where each result is and where it was used.
+
+        Returns:
+            The seconds that each batch took, and the bytes that crossed.
         """
-        program = self._program
         seconds = []
+        crossed = 0
         async with flow.Context(self._placement, self._workers):
             many = flow.Broadcast(generate, program.maps, args=[program.nbytes])
             seen: set[Any] = set()
-            for _ in range(batches):
+            for _ in range(program.batches):
                 begun = time.perf_counter()
                 first = flow.Map(step, many)
                 second = flow.Map(step, first)
@@ -123,19 +125,9 @@ class FlowWay:
                 seconds.append(time.perf_counter() - begun)
                 check([total for total, _ in out], program)
                 if count:
-                    where = [{node for _, node in out}] * program.maps
-                    await self._count([many, first, second, cuts], where, seen)
-        return seconds
-
-    async def _count(self, nodes: list[flow.Node], last: list[set[str]], seen: set[Any]) -> None:
-        rows = [await node for node in nodes]
-        users = [[{ref.owner.node_id} for ref in row] for row in rows[1:]] + [last]
-        for row, used in zip(rows, users, strict=True):
-            for ref, places in zip(row, used, strict=True):
-                for place in places - {ref.owner.node_id}:
-                    if (ref, place) not in seen:  # one crossing for a node
-                        seen.add((ref, place))
-                        self.crossed += ref.nbytes
+                    users = {node for _, node in out}
+                    crossed += await _crossed([many, first, second, cuts], users, seen)
+        return seconds, crossed
 
     async def aclose(self) -> None:
         """End its reducers."""
@@ -143,31 +135,45 @@ class FlowWay:
             ray.kill(handle)
 
 
+async def _crossed(nodes: Sequence[flow.Node], last: set[str], seen: set[Any]) -> int:
+    """Bytes that crossed to where each node's elements were used: the next one's, then ``last``."""
+    rows = [await node for node in nodes]
+    users = [[{ref.owner.node_id} for ref in row] for row in rows[1:]] + [[last] * len(rows[-1])]
+    total = 0
+    for row, used in zip(rows, users, strict=True):
+        for ref, places in zip(row, used, strict=True):
+            for place in places - {ref.owner.node_id}:
+                if (ref, place) not in seen:  # one crossing for a node
+                    seen.add((ref, place))
+                    total += ref.nbytes
+    return total
+
+
 # --- as plain Ray ------------------------------------------------------------------------------
 
 
 @ray.remote
-def task(function: Any, *args: Any) -> Any:
+def task(function: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
     return function(*args)
 
 
 class RayWay:
-    """The program as Ray's manual would write it."""
+    """The program as Ray's manual would write it.
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._reducers = [RayReducer.remote() for _ in range(program.reducers)]
-        self.crossed = 0
+    Args:
+        reducers: How many.
+    """
 
-    async def run(self, *, batches: int, count: bool = False) -> list[float]:
+    def __init__(self, reducers: int) -> None:
+        self._reducers = [start(RayReducer) for _ in range(reducers)]
+
+    async def run(self, program: Program, *, count: bool = False) -> tuple[list[float], int]:
         """As `FlowWay.run`; what crosses is counted by the copies that Ray made."""
-        program = self._program
         seconds = []
         refs = []
-        source = None
-        for _ in range(batches):
+        source = task.remote(generate, program.nbytes)
+        for _ in range(program.batches):
             begun = time.perf_counter()
-            source = source or task.remote(generate, program.nbytes)
             first = [task.remote(step, source) for _ in range(program.maps)]
             second = [task.remote(step, each) for each in first]
             parts = program.nbytes // program.piece
@@ -176,12 +182,12 @@ class RayWay:
             seconds.append(time.perf_counter() - begun)
             check([total for total, _ in out], program)
             refs += [*first, *second, *cuts] if count else []
+        crossed = 0
         if count:
-            found = ray.experimental.get_object_locations([*refs, source])
-            for each in found.values():
-                copies = len(each["node_ids"]) - 1
-                self.crossed += max(copies, 0) * (each["object_size"] or 0)
-        return seconds
+            for each in ray.experimental.get_object_locations([*refs, source]).values():
+                copies = max(len(each["node_ids"]) - 1, 0)
+                crossed += copies * (each["object_size"] or 0)
+        return seconds, crossed
 
     async def aclose(self) -> None:
         """End its reducers."""

@@ -1,8 +1,9 @@
 """Graphs on machines that are not there: discrete events, the real policies, no Ray.
 
-A machine is nodes with slots, and a full-duplex link of each node to a switch that never is the
-bottleneck. A tensor crosses to a node once, as the relay of aiordt and the object store of Ray
-both see to. What a task waits for is brought as soon as it is placed.
+A machine is nodes with slots, and a full-duplex link of each node to a fabric that joins them,
+which may be slower than all links together. A tensor crosses to a node once, as the relay of
+aiordt and the object store of Ray both see to. What a task waits for is brought as soon as it is
+placed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Machine:
         nodes: How many.
         slots: Tasks that each runs at a time.
         bandwidth: Of a node's link, each way, in bytes a second.
+        fabric: Of all links together, in bytes a second; 0: as much as they can bring.
         latency: Of a transfer, in seconds.
         call: What a task or call takes besides its work, in seconds.
         rate: At which a task works on what comes in, in bytes a second.
@@ -38,6 +40,7 @@ class Machine:
     nodes: int
     slots: int
     bandwidth: float = 1.25e9
+    fabric: float = 0.0
     latency: float = 100e-6
     call: float = 1.5e-3
     rate: float = 2e9
@@ -160,6 +163,7 @@ class Simulation:
         self._queues: dict[str, deque[Callable[[], None]]] = {name: deque() for name in names}
         self._out = dict.fromkeys(names, 0.0)
         self._in = dict.fromkeys(names, 0.0)
+        self._fabric = {"": 0.0}
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
@@ -258,9 +262,7 @@ class Simulation:
     ) -> None:
         """Run a group of tasks; ``then`` gets their results, in order."""
         group = next(self._groups)
-        data = [
-            {} if near else {each.node: each.nbytes for each in needed} for needed in inputs
-        ]
+        data = [{} if near else {each.node: each.nbytes for each in needed} for needed in inputs]
         decisions = self._policy.place(Request(group, data, dict(near)), self._cluster)
         results: dict[int, _Result] = {}
 
@@ -304,9 +306,21 @@ class Simulation:
         if node == result.node:
             return self._now
         if node not in result.there:
-            begin = max(self._now, self._out[result.node], self._in[node])
-            end = begin + result.nbytes / self._machine.bandwidth
-            self._out[result.node] = self._in[node] = end
-            result.there[node] = end + self._machine.latency
+            takes = result.nbytes / self._machine.bandwidth
+            # Transfers share links: one is done when the last of them has carried all before it.
+            ends = [
+                _carried(self._out, result.node, self._now, takes),
+                _carried(self._in, node, self._now, takes),
+            ]
+            if self._machine.fabric:
+                takes = result.nbytes / self._machine.fabric
+                ends.append(_carried(self._fabric, "", self._now, takes))
+            result.there[node] = max(ends) + self._machine.latency
             self.outcome.crossed += result.nbytes
         return max(result.there[node], self._now)
+
+
+def _carried(links: dict[str, float], name: str, now: float, takes: float) -> float:
+    """When a link has carried this after what it has to already."""
+    links[name] = max(links[name], now) + takes
+    return links[name]

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Final
 import matplotlib as mpl
 import ray
 from matplotlib.figure import Figure
+from typing_extensions import override
 
 import aiordt
-from aiordt.flow import Cluster, DefaultPolicy, GroupPolicy, Request, release_workers
+from aiordt.flow import Cluster, Decision, DefaultPolicy, GroupPolicy, Request, release_workers
+from benchmarks import _flow_hosts
 from benchmarks._cluster import reason
 from benchmarks._figures import Run
 from benchmarks._flow_cluster import FlowWay, RayWay, raylets
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 GROUP: Final = "aiordt flow"
 BLIND: Final = 'aiordt flow, placement="default"'
 RAY: Final = "plain Ray"
+#: Without Ray; on raylets of this machine; on two hosts out of network namespaces.
+PARTS: Final = ("simulate", "raylets", "hosts")
 
 _ERRORS: Final = (ray.exceptions.RayError, aiordt.AiordtError, TimeoutError, RuntimeError, OSError)
 _GRAIN: Final = 4
@@ -56,6 +60,9 @@ class Settings:
         sizes: What maps return while batches are timed.
         batches: How many are timed of each size.
         simulated: Numbers of nodes.
+        host_slots: Tasks that each of two hosts runs at a time.
+        megabits: A second, of the link between them.
+        parts: What is measured, of `PARTS`.
     """
 
     nodes: int
@@ -65,10 +72,19 @@ class Settings:
     sizes: tuple[int, ...]
     batches: int
     simulated: tuple[int, ...]
+    host_slots: int = 2
+    megabits: int = 200
+    parts: tuple[str, ...]
 
     @classmethod
-    def choose(cls, *, quick: bool) -> Settings:
-        """The defaults of a quick or full run."""
+    def choose(cls, *, quick: bool, parts: tuple[str, ...] | None = None) -> Settings:
+        """The defaults of a quick or full run, but for what is given.
+
+        Raises:
+            ValueError: There is no such part.
+        """
+        if unknown := [part for part in parts or () if part not in PARTS]:
+            raise ValueError(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
         if quick:
             return cls(
                 nodes=2,
@@ -78,6 +94,7 @@ class Settings:
                 sizes=(MIB,),
                 batches=3,
                 simulated=(10, 100),
+                parts=parts or PARTS[:2],
             )
         return cls(
             nodes=3,
@@ -87,6 +104,7 @@ class Settings:
             sizes=(MIB, 4 * MIB, 15 * MIB),
             batches=12,
             simulated=(10, 100, 1_000, 10_000),
+            parts=parts or PARTS,
         )
 
     def program(self, maps: int, nbytes: int, batches: int = 3) -> Program:
@@ -104,15 +122,23 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
     """Measure, print, and write what was asked for."""
     a_run = Run("Flows: placed by group, and plain Ray", dataclasses.asdict(settings))
     lot = _Lot(a_run, settings)
-    lot.time_policies()
-    lot.simulate()
-    a_run.say(f"starting {settings.nodes} raylets")
-    try:
-        # Twice the CPUs, so that the workers of the flow leave plain Ray as many as they have.
-        with raylets(settings.nodes, 2 * settings.slots):
-            asyncio.run(lot.measure())
-    except _ERRORS as exc:
-        a_run.figures.unavailable["the rest"] = reason(exc)
+    if "simulate" in settings.parts:
+        lot.time_policies()
+        lot.simulate()
+    if "raylets" in settings.parts:
+        a_run.say(f"starting {settings.nodes} raylets")
+        try:
+            # Twice the CPUs, so that the workers of the flow leave plain Ray as many slots.
+            with raylets(settings.nodes, 2 * settings.slots):
+                asyncio.run(lot.measure())
+        except _ERRORS as exc:
+            a_run.figures.unavailable["the rest on raylets"] = reason(exc)
+    if "hosts" in settings.parts:
+        a_run.say("starting two hosts")
+        try:
+            lot.measure_hosts()
+        except _ERRORS as exc:
+            a_run.figures.unavailable["the rest on two hosts"] = reason(exc)
     lot.judge()
     figures = a_run.finish(json_path, None)
     if plot_path is not None:
@@ -165,7 +191,9 @@ class _Lot:
                 settings.program(40, nbytes, batches=20), reducers=4, period=_PERIOD
             )
             for name, policy, first in _simulated_ways():
-                out = Simulation(Machine(nodes=10, slots=4), policy, actors_first=first).run(program)
+                out = Simulation(Machine(nodes=10, slots=4), policy, actors_first=first).run(
+                    program
+                )
                 self._figures.add(
                     f"simulated stream, 10 nodes, {format_nbytes(nbytes)} a map",
                     name,
@@ -179,41 +207,83 @@ class _Lot:
         """Bytes that cross, then latencies, both ways in turn."""
         settings = self._settings
         slots = settings.nodes * settings.slots
+        ways: dict[str, Any] = {
+            GROUP: FlowWay(settings.reducers, "group", slots),
+            BLIND: FlowWay(settings.reducers, "default", slots),
+            RAY: RayWay(settings.reducers),
+        }
         for maps in (slots, 2 * slots):
-            for name in (GROUP, BLIND, RAY):
-                self._run.say(f"bytes that cross, {maps} maps, {name}")
-                way = self._way(name, settings.program(maps, settings.nbytes))
-                await way.run(batches=3, count=True)
-                self._crossed[name, maps] = way.crossed
-                await way.aclose()
-            self._show_crossed(maps)
-        for nbytes in settings.sizes:
-            program = settings.program(slots, nbytes)
-            ways = {name: self._way(name, program) for name in (GROUP, RAY)}
-            for way in ways.values():
-                await way.run(batches=1)
-            for number in range(settings.batches):
-                self._run.say(f"{format_nbytes(nbytes)} a map, batch {number + 1}")
-                for name, way in ways.items():
-                    key = nbytes, name
-                    self.latencies.setdefault(key, []).extend(await way.run(batches=1))
             for name, way in ways.items():
-                samples = self.latencies[nbytes, name]
-                self._figures.add(
-                    f"a batch of {program.maps} x {format_nbytes(nbytes)}",
-                    name,
-                    samples,
-                    mean=format_seconds(statistics.fmean(samples)),
-                    p99=format_seconds(Spread.of(samples).p99),
-                )
-                await way.aclose()
+                self._run.say(f"bytes that cross, {maps} maps, {name}")
+                program = settings.program(maps, settings.nbytes)
+                _, self._crossed[name, maps] = await way.run(program, count=True)
+            self._show_crossed(maps)
+        await ways.pop(BLIND).aclose()
+        for nbytes in settings.sizes:
+            program = settings.program(slots, nbytes, batches=2)
+            self._run.say(f"batches of {format_nbytes(nbytes)} a map")
+            for number in range(settings.batches):
+                for name, way in ways.items():
+                    seconds, _ = await way.run(program)
+                    if number:  # the first one warms up
+                        self.latencies.setdefault((nbytes, name), []).extend(seconds)
+            for name in ways:
+                self._show(f"a batch of {program.maps} x {format_nbytes(nbytes)}", nbytes, name)
+        for way in ways.values():
+            await way.aclose()
         await release_workers()
 
-    def _way(self, name: str, program: Program) -> Any:  # noqa: ANN401
-        if name == RAY:
-            return RayWay(program)
-        workers = self._settings.nodes * self._settings.slots
-        return FlowWay(program, "group" if name == GROUP else "default", workers)
+    def _show(self, group: str, nbytes: int, name: str) -> None:
+        samples = self.latencies[nbytes, name]
+        facts = {
+            "mean": format_seconds(statistics.fmean(samples)),
+            "p99": format_seconds(Spread.of(samples).p99),
+        }
+        self._figures.add(group, name, samples, **facts)
+
+    # --- on two hosts --------------------------------------------------------------------------
+
+    def measure_hosts(self) -> None:
+        """Two hosts with a slow link, and what the simulator makes of it.
+
+        What a task takes besides the link is taken from the same program without the limit.
+        """
+        settings, figures = self._settings, self._figures
+        maps = 2 * settings.host_slots
+        with _flow_hosts.program(settings.reducers, maps) as asked:
+            for nbytes in settings.sizes:
+                program = settings.program(maps, nbytes, batches=3)
+                fast, slow = asked(program, None), asked(program, settings.megabits)
+                group = f"two hosts, {settings.megabits} Mbit/s, {maps} x {format_nbytes(nbytes)}"
+                for name in (GROUP, RAY):
+                    figures.add(f"{group}: no limit", name, fast[name])
+                    figures.add(group, name, slow[name])
+                    simulated = self._predicted(program, name, statistics.median(fast[name][1:]))
+                    measured = statistics.median(slow[name][1:])
+                    figures.judge(
+                        f"{group}: the simulator, {name}",
+                        "within 15 % of what was measured",
+                        abs(simulated / measured - 1),
+                        0.15,
+                        f"{format_seconds(simulated)} for {format_seconds(measured)}",
+                    )
+
+    def _predicted(self, program: Program, name: str, unlimited: float) -> float:
+        """A later batch's seconds over the slow link."""
+
+        def simulated(call: float, bandwidth: float) -> float:
+            machine = Machine(
+                nodes=2, slots=self._settings.host_slots, bandwidth=bandwidth, call=call, rate=1e12
+            )
+            policy: Policy = RayLike(1) if name == RAY else GroupPolicy()
+            out = Simulation(machine, policy, actors_first=name == RAY).run(program)
+            return statistics.median(out.latencies[1:])
+
+        low, high = 0.0, 1.0
+        for _ in range(30):  # what a call takes, so that it agrees without the limit
+            call = (low + high) / 2
+            low, high = (low, call) if simulated(call, 1e12) > unlimited else (call, high)
+        return simulated(low, self._settings.megabits * 1e6 / 8)
 
     def _small_case(self, maps: int) -> dict[str, int]:
         """What the simulator says of what was measured."""
@@ -239,7 +309,9 @@ class _Lot:
             words = f"{crossed / MIB:.1f} MiB crossed, {crossed / max(best, 1):.2f} x the optimum"
             if name in simulated:
                 words += f", {simulated[name] / MIB:.1f} MiB simulated"
-            self._run.say(f"{maps} maps on {settings.nodes * settings.slots} slots, {name}: {words}")
+            self._run.say(
+                f"{maps} maps on {settings.nodes * settings.slots} slots, {name}: {words}"
+            )
 
     def judge(self) -> None:
         """Hold what was found against the goals."""
@@ -282,8 +354,8 @@ def _simulated_ways() -> list[tuple[str, Policy, bool]]:
 class DefaultActors(DefaultPolicy):
     """`DefaultPolicy` where nobody else places the actors."""
 
-    def place(self, request: Request, cluster: Cluster) -> list[Any]:
-        """As tasks."""
+    @override
+    def place(self, request: Request, cluster: Cluster) -> list[Decision]:
         if request.actors:
             request = dataclasses.replace(request, actors=False)
         return super().place(request, cluster)

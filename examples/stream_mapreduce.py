@@ -57,7 +57,8 @@ def tokenize(lines: Sequence[Line]) -> dict[str, torch.Tensor]:
 def part(parts: int, tokens: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """The words of each reducer."""
     owner = tokens["words"] % parts
-    return [{name: each[owner == number] for name, each in tokens.items()} for number in range(parts)]
+    chosen = [owner == number for number in range(parts)]
+    return [{name: each[mine] for name, each in tokens.items()} for mine in chosen]
 
 
 class WordCount(aiordt.AsyncActor):
@@ -66,12 +67,13 @@ class WordCount(aiordt.AsyncActor):
     def __init__(self) -> None:
         self.counts = torch.zeros(VOCABULARY, dtype=torch.int64)
 
-    async def add(self, *pieces: dict[str, Any]) -> Any:
+    async def add(self, *pieces: dict[str, aiordt.TensorRef]) -> np.ndarray[Any, Any]:
         """Count words; how long ago they had arrived, in seconds."""
         tokens = await aiordt.get(list(pieces))  # before anything changes
         words = torch.cat([each["words"] for each in tokens])
         self.counts += torch.bincount(words, minlength=VOCABULARY)
-        return (time.time() - torch.cat([each["stamps"] for each in tokens])).numpy()
+        stamps: np.ndarray[Any, Any] = torch.cat([each["stamps"] for each in tokens]).numpy()
+        return time.time() - stamps
 
     @aiordt.method
     async def result(self) -> torch.Tensor:
@@ -139,7 +141,8 @@ async def run(options: argparse.Namespace, console: Console) -> int:
     def build(lines: list[Line]) -> flow.Node:
         shares = [lines[number :: options.maps] for number in range(options.maps)]
         tokens = flow.Map(tokenize, shares)
-        parts = flow.Shuffle(part, tokens, options.reducers, args=[[options.reducers]] * options.maps)
+        into = [[options.reducers]] * options.maps
+        parts = flow.Shuffle(part, tokens, options.reducers, args=into)
         return flow.ReduceActors(WordCount.add, reducers, parts)
 
     async with flow.Context(workers=options.workers):

@@ -17,7 +17,7 @@ from typing_extensions import override
 from aiordt import _ray
 from aiordt._actor import AsyncActor
 from aiordt._errors import InvalidTypeError, OwnerDiedError
-from aiordt._progress import run_all
+from aiordt._progress import post, run_all
 from aiordt.flow._context import Context, Located
 from aiordt.flow._element import Group, all_values, check_size, locate, sent
 from aiordt.flow._policy import Request
@@ -26,6 +26,7 @@ from aiordt.flow._tasks import BroadcastGroup, ShuffleGroup, renewed
 
 if TYPE_CHECKING:
     from aiordt.flow._element import Element
+    from aiordt.flow._policy import Cluster, Decision
 
 #: A method's name, or the function itself.
 Method: TypeAlias = str | Callable[..., Any]
@@ -67,7 +68,8 @@ class ActorGroup(Group):
     ) -> None:
         if not isinstance(cls, type | ray.actor.ActorClass):
             raise InvalidTypeError(f"InitActors takes a class, not {cls!r}")
-        name = getattr(cls, "__name__", None) or getattr(cls, "__ray_metadata__", cls).class_name
+        metadata = getattr(cls, "__ray_metadata__", None)
+        name = cls.__name__ if metadata is None else metadata.class_name
         super().__init__(f"InitActors({name})")
         if args is not None:
             check_size(len(args), n, f"{self.label}: lists of args, and actors")
@@ -79,6 +81,7 @@ class ActorGroup(Group):
         self._made_all = Shared(self._make_all)
         self._handles: list[Any] = []
         self._context: Context | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._replacing: dict[int, Shared[Any]] = {}
 
     @property
@@ -100,6 +103,7 @@ class ActorGroup(Group):
 
     async def _make_all(self) -> None:
         context = self._context = Context.current()
+        self._loop = asyncio.get_running_loop()
         await context.look()
         located = self._located or [Located() for _ in range(self._n)]
         data = [each.data for each in located]
@@ -111,13 +115,19 @@ class ActorGroup(Group):
         try:
             self._handles = await run_all(makes) if makes else []
         except BaseException:
-            self.unplace()
+            self._unplace()
             raise
 
     async def _one(self, cls: Any, index: int, node: str | None) -> Any:  # noqa: ANN401
         args = self._args[index] if self._args is not None else ()
         context = Context.current()
-        handle = await context.make_actor(lambda options: cls.options(**options).remote(*args), node)
+        if _ray.says_where(cls):
+            node = None  # the user knows better
+
+        def make(options: dict[str, Any]) -> Any:  # noqa: ANN401
+            return cls.options(**options).remote(*args)
+
+        handle = await context.make_actor(make, node)
         try:
             await _ray.wait_made(handle)
         except OwnerDiedError as exc:
@@ -125,21 +135,20 @@ class ActorGroup(Group):
             raise
         return handle
 
-    def unplace(self) -> None:
-        """The actors count no more (FLW-2)."""
-        context, decisions = self._context, dict(self.decisions)
+    def _unplace(self) -> None:
+        """The actors count no more (FLW-2). Any thread: the counting is done on the loop."""
+        context, loop, decisions = self._context, self._loop, tuple(self.decisions.values())
         self._context = None
-        for decision in decisions.values():
-            if context is not None and decision.node is not None:
-                context.cluster.end(self.number, decision.node, actor=True)
+        if context is not None and loop is not None:
+            post(loop, _end_all, context.cluster, self.number, decisions)
 
     @override
     def unpin(self) -> None:
         super().unpin()
         if not self.pinned:
-            self.unplace()
             self._handles = []
             self._made_all.forget()
+            self._unplace()
 
     async def replaced(self, index: int, dead: Any) -> bool:  # noqa: ANN401
         """Make an actor anew that died, once for all who saw it dead.
@@ -174,6 +183,12 @@ class ActorGroup(Group):
         self._handles[index] = handle
 
 
+def _end_all(cluster: Cluster, group: int, decisions: Sequence[Decision]) -> None:
+    for decision in decisions:
+        if decision.node is not None:
+            cluster.end(group, decision.node, actor=True)
+
+
 class GivenActors(Group):
     """Actors that the user has made."""
 
@@ -196,6 +211,8 @@ class GivenActors(Group):
 
 class ReduceGroup(Group):
     """A call of a method on each of some actors, with all elements of the inputs."""
+
+    pure = False  # actors remember
 
     def __init__(
         self,
@@ -289,7 +306,7 @@ class ReduceGroup(Group):
             raise InvalidTypeError(f"{self.label}: {handle!r} has no method {self._method!r}")
         ref = method.options(name=f"{self.label}[{index}]").remote(*own, *sending)
         if not isinstance(ref, ray.ObjectRef):
-            raise InvalidTypeError(f"{self.label}: the method yields items; it must return one value")
+            raise InvalidTypeError(f"{self.label}: the method yields items, not one value")
         try:
             return await _ray.fetch(ref)
         except asyncio.CancelledError:

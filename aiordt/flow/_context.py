@@ -37,7 +37,7 @@ from aiordt.flow._pool import Pool, beside
 from aiordt.flow._worker import lost_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping
     from typing import Self
 
     from aiordt.flow._pool import Remote
@@ -223,7 +223,7 @@ class Context(AsyncResource):
         self._looked = float("-inf")
         self._looking: asyncio.Task[None] | None = None
         self._closed = False
-        self._session: _ray.Session | None = None  # of a default one
+        self._session: _ray.Session | None = None
         self._tokens: list[contextvars.Token[Context | None]] = []
 
     @staticmethod
@@ -234,10 +234,13 @@ class Context(AsyncResource):
             return chosen
         loop = asyncio.get_running_loop()
         found = _defaults.get(loop)
-        if found is None or found._session is not _ray.session():
+        if found is None or not found.is_of(_ray.session()):
             found = _defaults[loop] = Context()
-            found._session = _ray.session()
         return found
+
+    def is_of(self, session: _ray.Session) -> bool:
+        """Whether it has been used in no other session."""
+        return self._session in {None, session}
 
     @override
     async def __aenter__(self) -> Self:
@@ -260,6 +263,10 @@ class Context(AsyncResource):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this flow.Context was closed: make another")
+        session = _ray.session()
+        if not self.is_of(session):
+            raise ClosedError("this flow.Context is of a Ray session that has ended")
+        self._session = session
 
     @property
     def cluster(self) -> Cluster:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from ray import ObjectRef
 from typing_extensions import override
@@ -52,7 +52,7 @@ class Element:
 
     async def _start(self) -> Any:  # noqa: ANN401
         value = await self._group.make(self._index)
-        self._group.note_made(self._index)
+        self._group.note_made(self)
         return value
 
     async def value(self) -> Any:  # noqa: ANN401
@@ -62,9 +62,15 @@ class Element:
             self.forget()
         return value
 
+    @property
+    def pure(self) -> bool:
+        """Whether it can be made again."""
+        return self._group.pure
+
     def forget(self) -> None:
-        """Let go of the value."""
-        self._shared.forget()
+        """Let go of the value, if it can be made again."""
+        if self.pure:
+            self._shared.forget()
 
     def behind(self) -> Sequence[Element]:
         """Elements whose values are in its own."""
@@ -78,10 +84,15 @@ class Element:
 class Group(ABC):
     """What stands behind a `Node`: elements of one kind, and how they are made.
 
+    Attributes:
+        pure: Whether an element may be made more than once.
+
     Args:
         label: How errors call it.
         inputs: The groups that its elements are made from.
     """
+
+    pure: ClassVar[bool] = True
 
     def __init__(self, label: str, inputs: Sequence[Group] = ()) -> None:
         self.label = label
@@ -91,7 +102,7 @@ class Group(ABC):
         self._elements: list[Element] | None = None
         self._expanding = Shared(self._expanded)
         self._pins = 0
-        self._made: set[int] = set()
+        self._unmade: set[int] = set()
         self._holds = True
         for group in self.inputs:
             group.pin()
@@ -124,17 +135,18 @@ class Group(ABC):
         return self._elements
 
     async def _expanded(self) -> None:
-        self._elements = self._all(await self.count())
-        if not self._elements:
+        elements = self._elements = self._all(await self.count())
+        self._unmade = {id(element) for element in elements}
+        if not elements:
             self._let_go()
 
     def _all(self, size: int) -> list[Element]:
         return [Element(self, index) for index in range(size)]
 
-    def note_made(self, index: int) -> None:
+    def note_made(self, element: Element) -> None:
         """An element was made."""
-        self._made.add(index)
-        if len(self._made) == len({id(element) for element in self._elements or ()}):
+        self._unmade.discard(id(element))
+        if not self._unmade:
             self._let_go()
 
     # --- who needs it ------------------------------------------------------------------------
@@ -335,11 +347,13 @@ async def forget_lost(used: Sequence[tuple[Element, Any]], who: str) -> tuple[bo
     if not gone:
         owners = {ref.owner for ref in refs}
         gone = {owner for owner in owners if await current().workers.run(_gone(owner))}
+    again = bool(gone)
     for element, _ in used:
         for each in (element, *element.behind()):
             if any(ref.owner in gone for ref in each.refs()):
+                again = again and each.pure
                 each.forget()
-    return bool(gone), {owner.actor_id for owner in gone if owner.actor_id}
+    return again, {owner.actor_id for owner in gone if owner.actor_id}
 
 
 def _gone(owner: Owner) -> Callable[[], bool]:

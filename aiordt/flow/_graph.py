@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,14 @@ from aiordt.flow._shared import Shared
 from aiordt.flow._tasks import BroadcastGroup, GatherGroup, MapGroup, ShuffleGroup
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterable,
+        Callable,
+        Generator,
+        Iterable,
+        Sequence,
+    )
 
     from aiordt.flow._policy import Decision
 
@@ -312,7 +318,7 @@ class ReduceActors(Node):
         args: Sequence[Sequence[Any]] | None = None,
     ) -> None:
         if isinstance(actors, InitActors):
-            group: Group = actors._group
+            group = _group(actors, "ReduceActors")
         elif isinstance(actors, list | tuple):
             group = GivenActors(actors)
         else:
@@ -329,8 +335,9 @@ async def stream(
     *,
     max_in_flight: int = 4,
 ) -> AsyncGenerator[list[Any]]:
-    """Evaluate a graph for each of ``items``, several at a time: later ones enter while earlier
-    ones are still being reduced.
+    """Evaluate a graph for each of ``items``, several at a time.
+
+    Later ones enter while earlier ones are still being reduced.
 
     Args:
         items: What comes; the next is taken when there is room for it.

@@ -359,19 +359,23 @@ def _fewest(
     chosen: list[str] = []
     candidates = dict(zip(by_bytes, rooms, strict=True))
     while left > 0 and candidates:
-        largest = sorted(candidates.values(), reverse=True)
-        needed = _count(largest, left)
-        within = sum(largest[: needed - 1])
-        for node, has in candidates.items():  # by bytes
-            # The largest others, besides this one.
-            others = within if has <= largest[needed - 1] else sum(largest[:needed]) - has
-            if has + others >= left:
-                break
-        else:
-            node = next(iter(candidates))
+        node = _first_of_few(candidates, left)
         chosen.append(node)
         left -= candidates.pop(node)
     return chosen
+
+
+def _first_of_few(rooms: Mapping[str, int], left: int) -> str:
+    """The first of these nodes that may be one of the fewest with room for ``left``."""
+    largest = sorted(rooms.values(), reverse=True)
+    needed = _count(largest, left)
+    within = sum(largest[: needed - 1])
+    for node, room in rooms.items():
+        # The largest others, besides this one.
+        others = within if room <= largest[needed - 1] else sum(largest[:needed]) - room
+        if room + others >= left:
+            return node
+    return next(iter(rooms))
 
 
 def _count(largest: Sequence[int], left: int) -> int:

@@ -99,7 +99,7 @@ class Pool:
         while True:
             found = self._free(node, limit, owner)
             if (found is None or found.active) and self._may_start(node, limit):
-                await self._start(node, limit, cpus, others)
+                await self._start(node, cpus, others)
                 found = self._free(node, limit, owner)
             if found is not None:
                 found.active += 1
@@ -145,9 +145,7 @@ class Pool:
 
     def _free(self, node: str | None, limit: int, owner: str | None) -> Remote | None:
         able = [remote for remote in self._of(node, limit) if remote.active < DEPTH]
-        return min(
-            able, key=lambda remote: (remote.actor_id != owner, remote.active), default=None
-        )
+        return min(able, key=lambda remote: (remote.actor_id != owner, remote.active), default=None)
 
     def _may_start(self, node: str | None, limit: int) -> bool:
         there = len(self._of(node, limit)) + self._starting.get(node, 0)
@@ -168,9 +166,7 @@ class Pool:
             self._waiting.remove(waiter)
             post(loop, settle, waiter.future, found, None)
 
-    async def _start(
-        self, node: str | None, limit: int, cpus: int, others: Iterable[str]
-    ) -> None:
+    async def _start(self, node: str | None, cpus: int, others: Iterable[str]) -> None:
         self._starting[node] = self._starting.get(node, 0) + 1
         try:
             remote = await current().workers.run(lambda: _start(node, cpus, others))

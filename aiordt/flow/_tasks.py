@@ -203,9 +203,7 @@ class GatherGroup(Group):
         raise AssertionError
 
 
-async def renewed(
-    context: Context, used: Sequence[tuple[Element, Any]], exc: Exception
-) -> bool:
+async def renewed(context: Context, used: Sequence[tuple[Element, Any]], exc: Exception) -> bool:
     """Whether an error means that some of these values are lost, and they were forgotten."""
     cause = getattr(exc, "cause", exc)  # of what Ray carries
     who = lost_owner(cause)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import ray
 import torch
+from typing_extensions import override
 
 import aiordt
 from aiordt import flow
@@ -388,8 +389,7 @@ def mark(path: str, item: int) -> int:
 
 
 async def wait_until(_node: Any, path: str, count: int, item: int) -> int:
-    while len(lines(path)) < count:
-        await asyncio.sleep(0.005)
+    await eventually(lambda: len(lines(path)) >= count, what="so many were mapped")
     return item
 
 
@@ -410,7 +410,7 @@ async def test_a_stream(context: flow.Context, nodes: Any, tmp_path: Path) -> No
             taken.append(item)
             yield item
 
-    found = []
+    found: list[int] = []
     async for values in flow.stream(items(), build, max_in_flight=3):
         if not found:
             assert len(taken) <= 4
@@ -434,11 +434,13 @@ async def test_a_stream_that_is_left_early(context: flow.Context, tmp_path: Path
 
 
 class Backwards(flow.Policy):
+    @override
     def place(self, request: flow.Request, cluster: flow.Cluster) -> list[flow.Decision]:
         return [flow.Decision(cluster.nodes[-1], "mine", "last") for _ in request.data]
 
 
 class Wrong(flow.Policy):
+    @override
     def place(self, request: flow.Request, cluster: flow.Cluster) -> list[flow.Decision]:
         return [flow.Decision("nowhere", "mine")]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 from hypothesis import given, settings
@@ -161,6 +161,7 @@ def test_bytes_to_bring_to_actors_are_near_the_least(
         assert cost(set(counts)) <= max(1.5 * least, least + 1)
 
 
+_Event: TypeAlias = tuple[str, int, int, dict[str, int], str]
 _events = st.lists(
     st.tuples(
         st.sampled_from(["tasks", "actors", "end", "leave", "join"]),
@@ -175,7 +176,7 @@ _events = st.lists(
 
 @given(_nodes, _events)
 @settings(max_examples=200, deadline=None)
-def test_any_history(slots: dict[str, int], events: list[tuple[str, int, int, dict[str, int], str]]) -> None:
+def test_any_history(slots: dict[str, int], events: list[_Event]) -> None:
     """Decisions are repeatable (PLC-1), of nodes that are there, and the counts come to zero."""
     clusters = [Cluster(slots), Cluster(slots)]
     running: list[tuple[int, str, bool]] = []
@@ -191,9 +192,9 @@ def test_any_history(slots: dict[str, int], events: list[tuple[str, int, int, di
             assert set(words[0]) <= set(clusters[0].nodes)
             running += [(group, each, kind == "actors") for each in words[0]]
         elif kind == "end" and running:
-            group, where, actor = running.pop(count % len(running))
+            of, where, actor = running.pop(count % len(running))
             for each in clusters:
-                each.end(group, where, actor=actor)
+                each.end(of, where, actor=actor)
         elif kind == "leave":
             running = [entry for entry in running if entry[1] != node]
             for each in clusters:
