@@ -27,6 +27,7 @@ from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray._private.runtime_env.setup_hook import load_and_execute_setup_hook
 from ray.cloudpickle import CloudPickler
+from ray.remote_function import RemoteFunction
 from ray.util.client import ray as ray_client
 
 from aiordt._errors import ClosedError, OwnerDiedError, UnavailableError, UsageError
@@ -180,6 +181,11 @@ def actor_id_of(handle: object) -> str | None:
     if not isinstance(handle, ray.actor.ActorHandle):
         return None
     return str(handle._actor_id.hex())  # noqa: SLF001
+
+
+def undecorated(function: Any) -> Any:  # noqa: ANN401
+    """What `ray.remote` has decorated, of a remote function; of anything else itself."""
+    return function._function if isinstance(function, RemoteFunction) else function  # noqa: SLF001
 
 
 def says_where(actor_class: Any) -> bool:  # noqa: ANN401

@@ -128,7 +128,7 @@ def flow(
     quick: _Quick = False,
     json: _Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw latencies here (PNG).")] = None,
-    parts: Annotated[str | None, typer.Option(help="Of simulate,raylets,hosts.")] = None,
+    parts: Annotated[str | None, typer.Option(help="Of simulate,bytes,latency,hosts.")] = None,
 ) -> None:
     """Graphs placed by group beside plain Ray: on raylets, on two hosts, and simulated."""
     from benchmarks import flow as command  # noqa: PLC0415

@@ -131,8 +131,9 @@ class FlowWay:
 
     async def aclose(self) -> None:
         """End its reducers."""
-        for handle in await self._reducers:
-            ray.kill(handle)
+        if any(self._reducers.placements):  # else they were never made
+            for handle in await self._reducers:
+                ray.kill(handle)
 
 
 async def _crossed(nodes: Sequence[flow.Node], last: set[str], seen: set[Any]) -> int:

@@ -27,12 +27,12 @@ _SECONDS: Final = 60.0
 @contextmanager
 def program(
     reducers: int, workers: int
-) -> Generator[Callable[[Program, int | None], dict[str, list[float]]]]:
+) -> Generator[Callable[[Program, int | None], dict[str, tuple[list[float], int]]]]:
     """Two hosts with a driver on one of them.
 
     Yields:
         Runs a program both ways with the link at so many megabits a second; ``None``: no
-        limit. It gives the seconds of each batch, by way.
+        limit. It gives the seconds of each batch, and the bytes that crossed, by way.
 
     Raises:
         RuntimeError: There can be no hosts here; says why.
@@ -46,12 +46,12 @@ def program(
         hosts.h1.start(Path(__file__), str(reducers), str(workers)) as driver,
     ):
 
-        def run(program: Program, megabits: int | None) -> dict[str, list[float]]:
+        def run(program: Program, megabits: int | None) -> dict[str, tuple[list[float], int]]:
             if megabits is not None:
                 hosts.slow(megabits)
             try:
                 driver.tell(json.dumps(dataclasses.asdict(program)))
-                found: dict[str, list[float]] = json.loads(
+                found: dict[str, tuple[list[float], int]] = json.loads(
                     driver.expect("RESULT ", seconds=_SECONDS)
                 )
             finally:
@@ -64,10 +64,13 @@ def program(
 
 
 async def _drive(reducers: int, workers: int) -> None:
-    ways: dict[str, FlowWay | RayWay] = {"aiordt flow": FlowWay(reducers, "group", workers), "plain Ray": RayWay(reducers)}
+    ways: dict[str, FlowWay | RayWay] = {
+        "aiordt flow": FlowWay(reducers, "group", workers),
+        "plain Ray": RayWay(reducers),
+    }
     while line := await asyncio.to_thread(sys.stdin.readline):
         program = Program(**json.loads(line))
-        found = {name: (await way.run(program))[0] for name, way in ways.items()}
+        found = {name: await way.run(program, count=True) for name, way in ways.items()}
         print("RESULT", json.dumps(found), flush=True)
 
 

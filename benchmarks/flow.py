@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 GROUP: Final = "aiordt flow"
 BLIND: Final = 'aiordt flow, placement="default"'
 RAY: Final = "plain Ray"
-#: Without Ray; on raylets of this machine; on two hosts out of network namespaces.
-PARTS: Final = ("simulate", "raylets", "hosts")
+#: Without Ray; on raylets of this machine, twice; on two hosts out of network namespaces.
+PARTS: Final = ("simulate", "bytes", "latency", "hosts")
 
 _ERRORS: Final = (ray.exceptions.RayError, aiordt.AiordtError, TimeoutError, RuntimeError, OSError)
 _GRAIN: Final = 4
@@ -54,7 +54,8 @@ class Settings:
 
     Attributes:
         nodes: How many raylets.
-        slots: Tasks that each runs at a time.
+        slots: Tasks that each runs at a time, while bytes are counted.
+        latency_slots: ... while batches are timed.
         reducers: How many actors.
         nbytes: What a map returns while bytes are counted; a piece is a quarter.
         sizes: What maps return while batches are timed.
@@ -67,6 +68,7 @@ class Settings:
 
     nodes: int
     slots: int
+    latency_slots: int
     reducers: int
     nbytes: int
     sizes: tuple[int, ...]
@@ -89,16 +91,18 @@ class Settings:
             return cls(
                 nodes=2,
                 slots=1,
+                latency_slots=1,
                 reducers=1,
                 nbytes=MIB,
                 sizes=(MIB,),
                 batches=3,
                 simulated=(10, 100),
-                parts=parts or PARTS[:2],
+                parts=parts or PARTS[:3],
             )
         return cls(
             nodes=3,
             slots=4,
+            latency_slots=2,
             reducers=4,
             nbytes=4 * MIB,
             sizes=(MIB, 4 * MIB, 15 * MIB),
@@ -125,14 +129,18 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
     if "simulate" in settings.parts:
         lot.time_policies()
         lot.simulate()
-    if "raylets" in settings.parts:
+    plan: dict[int, list[str]] = {}
+    for part, slots in (("bytes", settings.slots), ("latency", settings.latency_slots)):
+        if part in settings.parts:
+            plan.setdefault(slots, []).append(part)
+    for slots, parts in plan.items():
         a_run.say(f"starting {settings.nodes} raylets")
         try:
             # Twice the CPUs, so that the workers of the flow leave plain Ray as many slots.
-            with raylets(settings.nodes, 2 * settings.slots):
-                asyncio.run(lot.measure())
+            with raylets(settings.nodes, 2 * slots):
+                asyncio.run(lot.measure(slots, parts))
         except _ERRORS as exc:
-            a_run.figures.unavailable["the rest on raylets"] = reason(exc)
+            a_run.figures.unavailable[f"the rest of {', '.join(parts)}"] = reason(exc)
     if "hosts" in settings.parts:
         a_run.say("starting two hosts")
         try:
@@ -203,35 +211,47 @@ class _Lot:
 
     # --- with Ray ------------------------------------------------------------------------------
 
-    async def measure(self) -> None:
-        """Bytes that cross, then latencies, both ways in turn."""
+    async def measure(self, slots: int, parts: list[str]) -> None:
+        """Bytes that cross, and latencies, all ways in turn.
+
+        Args:
+            slots: Of each node.
+            parts: Which of the two.
+        """
         settings = self._settings
-        slots = settings.nodes * settings.slots
+        number = settings.nodes * slots
+        reducers = min(settings.reducers, slots)
         ways: dict[str, Any] = {
-            GROUP: FlowWay(settings.reducers, "group", slots),
-            BLIND: FlowWay(settings.reducers, "default", slots),
-            RAY: RayWay(settings.reducers),
+            GROUP: FlowWay(reducers, "group", number),
+            BLIND: FlowWay(reducers, "default", number),
+            RAY: RayWay(reducers),
         }
-        for maps in (slots, 2 * slots):
-            for name, way in ways.items():
-                self._run.say(f"bytes that cross, {maps} maps, {name}")
-                program = settings.program(maps, settings.nbytes)
-                _, self._crossed[name, maps] = await way.run(program, count=True)
-            self._show_crossed(maps)
-        await ways.pop(BLIND).aclose()
-        for nbytes in settings.sizes:
-            program = settings.program(slots, nbytes, batches=2)
-            self._run.say(f"batches of {format_nbytes(nbytes)} a map")
-            for number in range(settings.batches):
+        if "bytes" in parts:
+            for maps in (number, 2 * number):
                 for name, way in ways.items():
-                    seconds, _ = await way.run(program)
-                    if number:  # the first one warms up
-                        self.latencies.setdefault((nbytes, name), []).extend(seconds)
-            for name in ways:
-                self._show(f"a batch of {program.maps} x {format_nbytes(nbytes)}", nbytes, name)
+                    self._run.say(f"bytes that cross, {maps} maps, {name}")
+                    program = settings.program(maps, settings.nbytes)
+                    _, self._crossed[name, maps] = await way.run(program, count=True)
+                self._show_crossed(maps)
+        if "latency" in parts:
+            await ways.pop(BLIND).aclose()
+            for nbytes in settings.sizes:
+                await self._time_batches(ways, nbytes, number)
         for way in ways.values():
             await way.aclose()
         await release_workers()
+
+    async def _time_batches(self, ways: dict[str, Any], nbytes: int, maps: int) -> None:
+        settings = self._settings
+        program = settings.program(maps, nbytes, batches=2)
+        self._run.say(f"batches of {format_nbytes(nbytes)} a map")
+        for number in range(settings.batches):
+            for name, way in ways.items():
+                seconds, _ = await way.run(program)
+                if number:  # the first one warms up
+                    self.latencies.setdefault((nbytes, name), []).extend(seconds)
+        for name in ways:
+            self._show(f"a batch of {program.maps} x {format_nbytes(nbytes)}", nbytes, name)
 
     def _show(self, group: str, nbytes: int, name: str) -> None:
         samples = self.latencies[nbytes, name]
@@ -250,18 +270,24 @@ class _Lot:
         """
         settings, figures = self._settings, self._figures
         maps = 2 * settings.host_slots
-        with _flow_hosts.program(settings.reducers, maps) as asked:
+        reducers = min(settings.reducers, settings.host_slots)
+        with _flow_hosts.program(reducers, maps) as asked:
+            asked(settings.program(maps, settings.sizes[0]), None)  # starts all that is to run
             for nbytes in settings.sizes:
-                program = settings.program(maps, nbytes, batches=3)
+                self._run.say(f"two hosts, batches of {format_nbytes(nbytes)} a map")
+                program = dataclasses.replace(settings.program(maps, nbytes, 6), reducers=reducers)
                 fast, slow = asked(program, None), asked(program, settings.megabits)
-                group = f"two hosts, {settings.megabits} Mbit/s, {maps} x {format_nbytes(nbytes)}"
+                group = f"two hosts, {maps} x {format_nbytes(nbytes)}"
+                for link, found in (("", fast), (f", {settings.megabits} Mbit/s", slow)):
+                    for name, (seconds, crossed) in found.items():
+                        moved = f"{crossed / MIB:.1f} MiB"
+                        figures.add(f"{group}{link}", name, seconds[1:], crossed=moved)
                 for name in (GROUP, RAY):
-                    figures.add(f"{group}: no limit", name, fast[name])
-                    figures.add(group, name, slow[name])
-                    simulated = self._predicted(program, name, statistics.median(fast[name][1:]))
-                    measured = statistics.median(slow[name][1:])
+                    usual = statistics.median(fast[name][0][1:])
+                    simulated = self._predicted(program, name, usual)
+                    measured = statistics.median(slow[name][0][1:])
                     figures.judge(
-                        f"{group}: the simulator, {name}",
+                        f"{group}, {settings.megabits} Mbit/s: the simulator, {name}",
                         "within 15 % of what was measured",
                         abs(simulated / measured - 1),
                         0.15,
@@ -316,6 +342,30 @@ class _Lot:
     def judge(self) -> None:
         """Hold what was found against the goals."""
         settings, figures = self._settings, self._figures
+        if "bytes" in settings.parts:
+            self._judge_bytes()
+        if len(settings.sizes) > 1 and "latency" in settings.parts:
+            least, most = settings.sizes[0], settings.sizes[-1]
+            grown = {
+                name: statistics.median(self.latencies[most, name])
+                / statistics.median(self.latencies[least, name])
+                for name in (GROUP, RAY)
+                if (least, name) in self.latencies and (most, name) in self.latencies
+            }
+            figures.judge(
+                f"a batch at {format_nbytes(most)} a map, over {format_nbytes(least)}",
+                "flat: ≤ 1.2 x",
+                grown.get(GROUP),
+                1.2,
+                ", ".join(f"{name} {ratio:.2f} x" for name, ratio in grown.items()),
+            )
+        for nodes, seconds in self._per_task.items():
+            figures.judge(
+                f"policy, {nodes} nodes", "≤ 50 µs a task", seconds, 50e-6, format_seconds(seconds)
+            )
+
+    def _judge_bytes(self) -> None:
+        settings, figures = self._settings, self._figures
         slots = settings.nodes * settings.slots
         for maps, limit in ((slots, 1.0), (2 * slots, 1.15)):
             program = settings.program(maps, settings.nbytes)
@@ -340,10 +390,6 @@ class _Lot:
                     0.15,
                     f"{simulated / MIB:.1f} MiB for {(measured or 0) / MIB:.1f} MiB",
                 )
-        for nodes, seconds in self._per_task.items():
-            figures.judge(
-                f"policy, {nodes} nodes", "≤ 50 µs a task", seconds, 50e-6, format_seconds(seconds)
-            )
 
 
 def _simulated_ways() -> list[tuple[str, Policy, bool]]:
@@ -397,5 +443,5 @@ def plot(latencies: dict[tuple[int, str], list[float]], path: Path) -> None:
             axes.set_xlabel("seconds for a batch")
             axes.set_xlim(left=0)
         panels[0][0].set_ylabel("share of batches")
-        panels[0][0].legend(frameon=False, loc="lower right")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
         figure.savefig(path, dpi=150)

@@ -97,7 +97,7 @@ class Function:
     """
 
     def __init__(self, function: Any, what: str) -> None:  # noqa: ANN401
-        function = getattr(function, "_function", function)
+        function = _ray.undecorated(function)
         if not callable(function) or isinstance(function, ray.actor.ActorClass):
             raise InvalidTypeError(f"{what} takes a function, not {function!r}")
         self.name: str = getattr(function, "__name__", type(function).__name__)

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from aiordt._errors import InvalidTypeError, InvalidValueError
 from aiordt._progress import finish
-from aiordt.flow._actors import ActorGroup, GivenActors, Method, ReduceGroup, is_method_of
+from aiordt.flow._actors import ActorGroup, GivenActors, ReduceGroup, is_method_of
 from aiordt.flow._element import Group, SourceGroup, as_async
 from aiordt.flow._shared import Shared
 from aiordt.flow._tasks import BroadcastGroup, GatherGroup, MapGroup, ShuffleGroup
@@ -280,7 +280,7 @@ class InitActors(Node):
         n: int,
         args: Sequence[Sequence[Any]] | None = None,
         *,
-        restore: Method | None = None,
+        restore: str | Callable[..., Any] | None = None,
     ) -> None:
         rows = _rows(args, "InitActors")
         group = ActorGroup(cls, _count(n, "InitActors"), rows, restore)
@@ -312,7 +312,7 @@ class ReduceActors(Node):
 
     def __init__(
         self,
-        method: Method,
+        method: str | Callable[..., Any],
         actors: Any,  # noqa: ANN401
         inputs: Any,  # noqa: ANN401
         args: Sequence[Sequence[Any]] | None = None,

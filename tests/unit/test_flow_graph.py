@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,3 +83,14 @@ def test_workers_are_dealt_out_to_nodes() -> None:
     assert _shared_out({"A": 1, "B": 3}, 4) == {"A": 1, "B": 3}
     assert _shared_out({"A": 2, "B": 2}, 1) == {"A": 1}
     assert _shared_out({}, None) == {}
+
+
+def test_what_is_run() -> None:
+    names = [flow.Map(each, [1]) for each in (one, ray.remote(one), len, partial(one), Plain)]
+    assert [repr(each) for each in names] == [
+        "<flow.Map(one) x 1>",
+        "<flow.Map(one) x 1>",
+        "<flow.Map(len) x 1>",
+        "<flow.Map(partial) x 1>",
+        "<flow.Map(Plain) x 1>",
+    ]
