@@ -184,7 +184,7 @@ class _Lot:
             program = dataclasses.replace(
                 settings.program(maps, 4 * MIB, batches=1 if nodes > 1000 else 3), reducers=4
             )
-            machine = Machine(nodes=nodes, slots=4)
+            machine = _large(nodes)
             best = optimum(nodes, 4, program)
             for name, policy, first in _simulated_ways():
                 out = Simulation(machine, policy, actors_first=first).run(program)
@@ -199,7 +199,7 @@ class _Lot:
                 settings.program(40, nbytes, batches=20), reducers=4, period=_PERIOD
             )
             for name, policy, first in _simulated_ways():
-                out = Simulation(Machine(nodes=10, slots=4), policy, actors_first=first).run(
+                out = Simulation(_large(10), policy, actors_first=first).run(
                     program
                 )
                 self._figures.add(
@@ -283,9 +283,9 @@ class _Lot:
                         moved = f"{crossed / MIB:.1f} MiB"
                         figures.add(f"{group}{link}", name, seconds[1:], crossed=moved)
                 for name in (GROUP, RAY):
-                    usual = statistics.median(fast[name][0][1:])
-                    simulated = self._predicted(program, name, usual)
-                    measured = statistics.median(slow[name][0][1:])
+                    # The least: what others do on this machine is in neither.
+                    simulated = self._predicted(program, name, min(fast[name][0][1:]))
+                    measured = min(slow[name][0][1:])
                     figures.judge(
                         f"{group}, {settings.megabits} Mbit/s: the simulator, {name}",
                         "within 15 % of what was measured",
@@ -390,6 +390,12 @@ class _Lot:
                     0.15,
                     f"{simulated / MIB:.1f} MiB for {(measured or 0) / MIB:.1f} MiB",
                 )
+
+
+def _large(nodes: int) -> Machine:
+    """Nodes with links of 10 Gbit/s, and a fabric that carries a quarter of what they bring."""
+    bandwidth = 1.25e9
+    return Machine(nodes=nodes, slots=4, bandwidth=bandwidth, fabric=nodes * bandwidth / 4)
 
 
 def _simulated_ways() -> list[tuple[str, Policy, bool]]:

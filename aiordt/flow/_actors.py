@@ -181,6 +181,8 @@ class ActorGroup(Group):
         handle = await self._one(_remote_class(self._cls), index, decision.node)
         await _ray.fetch(getattr(handle, self._restore or "").remote())
         self._handles[index] = handle
+        if self.known:
+            self.known[index].forget()  # it has the dead one
 
 
 def _end_all(cluster: Cluster, group: int, decisions: Sequence[Decision]) -> None:

@@ -342,7 +342,7 @@ async def stream(
     Args:
         items: What comes; the next is taken when there is room for it.
         build: Makes the node that is to be evaluated for an item.
-        max_in_flight: How many are evaluated at a time.
+        max_in_flight: How many are evaluated, or have been and wait to be taken, at a time.
 
     Yields:
         What each node gives, in the order of ``items``.
@@ -359,13 +359,10 @@ async def stream(
     source = aiter(as_async(items))
 
     async def evaluate(item: Any) -> list[Any]:  # noqa: ANN401
-        try:
-            node = build(item)
-            if not isinstance(node, Node):
-                raise InvalidTypeError(f"build must give a node, not {type(node).__name__}")
-            return await node
-        finally:
-            room.release()
+        node = build(item)
+        if not isinstance(node, Node):
+            raise InvalidTypeError(f"build must give a node, not {type(node).__name__}")
+        return await node
 
     async def feed() -> Any:  # noqa: ANN401
         await room.acquire()
@@ -383,6 +380,7 @@ async def stream(
                     running.append(asyncio.create_task(evaluate(item)))
                     feeding = asyncio.create_task(feed())
             if running and running[0].done():
+                room.release()  # only now: results that nobody has taken are bounded, too
                 yield running.popleft().result()
     finally:
         rest: list[asyncio.Task[Any]] = [*running, *([feeding] if feeding is not None else [])]

@@ -238,7 +238,9 @@ async def test_actors(context: flow.Context) -> None:  # ACT-1, FLW-1
     handles = await kept
     ray.kill(handles[0])
     assert await flow.ReduceActors("add", kept, inputs) == [1002, 16], "restored, and called again"
-    assert (await kept)[1] == handles[1]
+    now = await kept
+    assert now[0] != handles[0]
+    assert now[1] == handles[1]
     mortal = flow.InitActors(Counter, 1)
     with pytest.raises(aiordt.OwnerDiedError, match=r"ReduceActors\(die\)\[0\]: its actor died"):
         await flow.ReduceActors("die", mortal, inputs)
