@@ -27,6 +27,7 @@ from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray._private.runtime_env.setup_hook import load_and_execute_setup_hook
 from ray.cloudpickle import CloudPickler
+from ray.remote_function import RemoteFunction
 from ray.util.client import ray as ray_client
 
 from aiordt._errors import ClosedError, OwnerDiedError, UnavailableError, UsageError
@@ -182,6 +183,17 @@ def actor_id_of(handle: object) -> str | None:
     return str(handle._actor_id.hex())  # noqa: SLF001
 
 
+def undecorated(function: Any) -> Any:  # noqa: ANN401
+    """What `ray.remote` has decorated, of a remote function; of anything else itself."""
+    return function._function if isinstance(function, RemoteFunction) else function  # noqa: SLF001
+
+
+def says_where(actor_class: Any) -> bool:  # noqa: ANN401
+    """Whether the options of a class that `ray.remote` has decorated say where its actors go."""
+    where = {"label_selector", "fallback_strategy", "scheduling_strategy", "placement_group"}
+    return not where.isdisjoint(actor_class._default_options)  # noqa: SLF001
+
+
 def own_handle() -> bytes:
     """A handle of this actor as bytes, for `weak_handle`."""
     handle = ray.get_runtime_context().current_actor
@@ -268,6 +280,13 @@ def nodes_by_address() -> dict[str, str]:
     """The ids of the nodes that are alive; of two on one host, one. A round trip to the GCS."""
     session()
     return {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def nodes() -> dict[str, int]:
+    """The nodes that are alive, and their CPUs. Blocks for a round trip to the GCS."""
+    session()
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in alive}
 
 
 def before_shutdown(callback: Callable[[], None]) -> None:
@@ -405,6 +424,15 @@ def ready_now(refs: Sequence[ray.ObjectRef[Any]]) -> list[ray.ObjectRef[Any]]:
     """Those that exist or have failed at this moment; ~4 µs each, fetches nothing."""
     ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
     return list(ready)
+
+
+def object_place(ref: ray.ObjectRef[Any]) -> tuple[int, Sequence[str]]:
+    """How large an object that exists is, and the nodes that have it. Blocks for a round trip.
+
+    Of what Ray keeps with its owner, the small, there are none.
+    """
+    found = ray.experimental.get_object_locations([ref])[ref]
+    return int(found.get("object_size") or 0), tuple(found.get("node_ids") or ())
 
 
 async def object_ready(ref: ray.ObjectRef[Any]) -> None:

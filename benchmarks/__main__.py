@@ -122,5 +122,23 @@ def collectives(
     command.run(settings, json_path=json, plot_path=plot)
 
 
+@app.command()
+def flow(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw latencies here (PNG).")] = None,
+    parts: Annotated[str | None, typer.Option(help="Of simulate,bytes,latency,hosts.")] = None,
+) -> None:
+    """Graphs placed by group beside plain Ray: on raylets, on two hosts, and simulated."""
+    from benchmarks import flow as command  # noqa: PLC0415
+
+    try:
+        settings = command.Settings.choose(quick=quick, parts=_listed(parts))
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import aiordt  # noqa: E402  (found through the line above)
 import aiordt.abc  # noqa: E402
 import aiordt.collective  # noqa: E402
+import aiordt.flow  # noqa: E402
 
 project = "aiordt"
 author = "The aiordt developers"
@@ -67,7 +68,9 @@ nitpick_ignore_regex = [
     ("py:class", r"(aiordt\._\w+\.)?(_[A-Z]|Message)"),  # type variables; the wire's messages
 ]
 
+_FLOW = {name: f"aiordt.flow.{name}" for name in aiordt.flow.__all__}
 _PUBLIC = {
+    **_FLOW,
     **{name: f"aiordt.{name}" for name in aiordt.__all__},
     **{name: f"aiordt.abc.{name}" for name in aiordt.abc.__all__},
     "MemberGroup": "aiordt.collective.MemberGroup",
@@ -82,7 +85,8 @@ def _find_public(
         return None
     target = node["reftarget"]
     head, _, last = target.rpartition(".")
-    full = _PUBLIC.get(last)
+    public = {**_PUBLIC, **_FLOW} if head.startswith("aiordt.flow") else _PUBLIC
+    full = public.get(last)
     if full is None and (owner := _PUBLIC.get(head.rpartition(".")[2])):
         full = f"{owner}.{last}"  # a member: `TensorRef.release`
     elif full is not None and head and not head.startswith("aiordt"):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aiordt.transports import probe
-from benchmarks import _mpi_ranks, collectives, slices, statedict, view
+from benchmarks import _mpi_ranks, collectives, flow, slices, statedict, view
 from benchmarks._collective_ranks import ALLREDUCE, KINDS, RAW, RAY, expected, slowest
 from benchmarks._figures import Figures
 from benchmarks._measure import GIB, MIB
@@ -96,6 +96,18 @@ def test_a_tiny_run_of_statedict(tmp_path: Path) -> None:
     assert {"aiordt cma: export", "aiordt tcp: pull", statedict.MEMCPY} <= names
     assert "object store: actor to actor" in names
     assert all(goal["met"] is not None for goal in figures["goals"])
+
+
+def test_a_tiny_run_of_flow(tmp_path: Path) -> None:
+    figures, printed = bench(tmp_path, "flow", "--plot", str(tmp_path / "flow.png"))
+    assert figures["unavailable"] == {}
+    groups = {(row["group"], row["name"]) for row in figures["rows"]}
+    assert {name for group, name in groups if group.startswith("a batch")} == {flow.GROUP, flow.RAY}
+    # What crosses is counted, and does not depend on the machine.
+    crossed = [goal for goal in figures["goals"] if "the optimum" in goal["goal"]]
+    assert len(crossed) == 2
+    assert all(goal["met"] for goal in crossed), printed
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_tiny_run_of_collectives(tmp_path: Path) -> None:

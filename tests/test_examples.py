@@ -54,7 +54,11 @@ def test_quickstart(cluster: None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "printed"),
-    [("groups", "[1.0, 1.0, 1.0]"), ("collectives_on_refs", "[-1.0, -1.0, -1.0]")],
+    [
+        ("groups", "[1.0, 1.0, 1.0]"),
+        ("collectives_on_refs", "[-1.0, -1.0, -1.0]"),
+        ("flow", "[7864320.0, 7864320.0]"),
+    ],
 )
 def test_program_of_a_how_to(tmp_path: Path, page: str, printed: str) -> None:
     text = (EXAMPLES.parent / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
@@ -81,6 +85,14 @@ def test_mpi_allreduce(tmp_path: Path) -> None:
     assert [line for line in output.splitlines() if line.startswith("rank")] == [
         f"rank {rank}: mpi, the mean is 6.0" for rank in range(3)
     ]
+
+
+def test_stream_mapreduce(tmp_path: Path) -> None:
+    """Every word is counted, and the plot is drawn."""
+    options = ("--batches", "8", "--maps", "2", "--reducers", "1", "--workers", "1")
+    output = run("stream_mapreduce.py", *options, cwd=tmp_path)
+    assert "the counts are those of one loop" in output
+    assert (tmp_path / "stream_mapreduce.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_async_rl_quick(tmp_path: Path) -> None:

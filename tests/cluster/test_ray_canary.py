@@ -18,6 +18,13 @@ from aiordt import _ray
 from tests.support import eventually
 
 
+def test_the_options_of_an_actor_class_are_seen() -> None:
+    placed = ray.remote(label_selector={"ray.io/node-id": "n"})(type("Placed", (), {}))
+    assert _ray.says_where(placed)
+    assert not _ray.says_where(ray.remote(num_cpus=1)(type("Free", (), {})))
+    assert placed.__ray_metadata__.class_name == "Placed"
+
+
 async def test_out_of_scope_callback(cluster: None) -> None:
     core_worker = ray_worker.global_worker.core_worker
     dropped: list[tuple[bytes, str]] = []

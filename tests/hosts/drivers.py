@@ -23,6 +23,7 @@ import torch
 import aiordt
 import tests.worker  # noqa: F401  (coverage of this process, too)
 from aiordt import _runtime
+from tests.hosts.flow_scenario import flow_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -502,6 +503,7 @@ SCENARIOS = {
         cancel,
         link,
         listeners,
+        flow_graph,
         host_lost,
     )
 }

@@ -102,6 +102,14 @@ def finish(program: Program) -> dict[str, Any]:
     return found
 
 
+def test_a_flow_moves_the_least_between_hosts(driver: Driver) -> None:
+    found = driver.run("flow_graph")
+    assert found["total"] == 2 * 2 * MIB
+    assert found["hosts"] == 2
+    assert found["beside"]
+    assert found["tcp"] == 5 * MIB, "the broadcast, and the other host's piece"
+
+
 def test_tensors_of_all_sizes_and_layouts_arrive_by_tcp(driver: Driver) -> None:
     found = driver.run("sizes")
     results = found["results"]
