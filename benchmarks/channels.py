@@ -127,7 +127,7 @@ class _Node(aiordt.AsyncActor):
 
     async def join(self, path: str, rank: int) -> None:
         def connect() -> Any:  # noqa: ANN401
-            store = dist.FileStore(path, 2)
+            store: Any = dist.FileStore(path, 2)  # type: ignore[attr-defined]
             return dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))
 
         self._group = await asyncio.to_thread(connect)

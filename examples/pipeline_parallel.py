@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import inspect
+import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional
+from typing_extensions import override
 
 import aiordt
 
@@ -56,6 +58,7 @@ class Block(nn.Module):
             nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
         )
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend to what came before, and think about it."""
         batch, length, _ = x.shape
@@ -75,6 +78,7 @@ class Embedding(nn.Module):
         self.characters = nn.Embedding(128, WIDTH)
         self.places = nn.Embedding(CONTEXT, WIDTH)
 
+    @override
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Look them up."""
         found: torch.Tensor = self.characters(tokens) + self.places.weight
@@ -171,7 +175,7 @@ async def train(num_steps: int) -> list[float]:
     stages = [Stage.remote(index) for index in range(NUM_STAGES)]
     before: list[tuple[aiordt.Receiver, aiordt.Sender] | None] = [None]
     after: list[tuple[aiordt.Sender, aiordt.Receiver] | None] = []
-    for one, other in zip(stages, stages[1:], strict=False):
+    for one, other in itertools.pairwise(stages):
         activations, take_activations = await aiordt.channel(one, other, name="activations")
         gradients, take_gradients = await aiordt.channel(other, one, name="gradients")
         after.append((activations, take_gradients))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 from typing_extensions import override
 
@@ -24,17 +23,19 @@ from aiordt.channels._service import SENDER, channels_of
 from aiordt.collective._members import Member, find
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
-    from aiordt._runtime import Runtime
+
+#: In the place of an actor: whoever uses that end first.
+ANYONE: Final = "anyone"
 
 _E = TypeVar("_E", Sending, Receiving)
 
 
 @overload
 async def channel(
-    sender: Any,
+    sender: Any,  # noqa: ANN401
     receivers: list[Any] | tuple[Any, ...],
     *,
     capacity: int = ...,
@@ -43,8 +44,8 @@ async def channel(
 ) -> tuple[Sender, list[Receiver]]: ...
 @overload
 async def channel(
-    sender: Any,
-    receivers: Any,
+    sender: Any,  # noqa: ANN401
+    receivers: Any,  # noqa: ANN401
     *,
     capacity: int = ...,
     copies: bool = ...,
@@ -64,8 +65,9 @@ async def channel(
     is any tree of tensors and other values, each as different from the one before as you like.
 
     Args:
-        sender: Handle of the actor that sends; ``None``: the first process that uses the
-            sending end, be it a task, an actor or this driver.
+        sender: Handle of the actor that sends; ``None``: this process does, be it a driver, a
+            task or an actor; ``"anyone"``: the first process that uses the sending end, such as
+            a task that is given it.
         receivers: The same for who receives; a list of them: each gets every item.
         capacity: Credit: so many bytes of items may be sent that a receiver has not done with,
             until `Sender.send` waits. A larger item goes alone. It is shared memory of the
@@ -90,11 +92,13 @@ async def channel(
     if len(handles) == 1:
         raise InvalidValueError("a channel needs at least one receiver")
     for handle in handles:
-        if handle is not None and _ray.actor_id_of(handle) is None:
+        if not (handle is None or handle == ANYONE or _ray.actor_id_of(handle)):
             raise InvalidTypeError(
-                f"channel() takes handles of actors, or None, not a {type(handle).__name__}"
+                f"channel() takes handles of actors, None (this process) or {ANYONE!r}, not "
+                f"{handle!r}"
             )
-    if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+    given: object = capacity
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise InvalidValueError(f"capacity is a positive number of bytes, not {capacity!r}")
     runtime = _runtime.current()
     channels = channels_of(runtime)
@@ -102,7 +106,9 @@ async def channel(
     name = name or f"channel-{key[:4].hex()}"
 
     async def found(handle: Any) -> Member | None:  # noqa: ANN401
-        return None if handle is None else await find(runtime, handle)
+        if handle is None:
+            return channels.own()
+        return None if handle == ANYONE else await find(runtime, handle)
 
     members = await run_all([found(handle) for handle in handles])
     await runtime.io.run(channels.make(key, name, members, [capacity, copies]))
@@ -179,7 +185,8 @@ class Sender(_Handle[Sending]):
             OutOfMemoryError: There is no shared memory for it.
 
         Waits:
-            For the receivers, before the first item; for credit (see `aiordt.channel`).
+            For credit (see `aiordt.channel`); before the first item, for receivers that may be
+            anyone.
 
         Cancellation:
             The item is then sent to no receiver.
@@ -200,7 +207,10 @@ class Sender(_Handle[Sending]):
             error: Tell receivers that this failed: iterating over the channel raises instead of
                 just ending.
         """
-        await (self._end or await self._found()).aclose(error)
+        end = self._end
+        if end is None:
+            end = await self._found()
+        await end.aclose(error)
 
     @override
     async def __aexit__(
@@ -269,4 +279,7 @@ class Receiver(_Handle[Receiving]):
     @override
     async def aclose(self) -> None:
         """Receive no more: the sender goes on with the others, if there are any. Idempotent."""
-        await (self._end or await self._found()).aclose()
+        end = self._end
+        if end is None:
+            end = await self._found()
+        await end.aclose()

@@ -49,7 +49,11 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             if index is None:
                 index = self._indices[id(obj)] = len(self.leaves)
                 self.leaves.append(obj)
-            if cls is torch.Tensor or cls is torch.nn.Parameter or not isinstance(obj, torch.Tensor):
+            if (
+                cls is torch.Tensor
+                or cls is torch.nn.Parameter
+                or not isinstance(obj, torch.Tensor)
+            ):
                 return index
             return index, cls
         if is_opaque(obj):
@@ -162,11 +166,7 @@ class Packed:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.is_cpu
-        and tensor.is_contiguous()
-        and not (tensor.is_conj() or tensor.is_neg())
-    )
+    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def copy(pieces: Sequence[tuple[int, int, int]]) -> None:

@@ -70,7 +70,7 @@ class Line:
         if not data:
             self._over("its connection ended")
             return []
-        frames = []
+        frames: list[tuple[int, bytes]] = []
         try:
             frames.extend(self._parser.feed(data))
         except ProtocolViolationError as exc:

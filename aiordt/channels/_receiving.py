@@ -16,7 +16,6 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from typing_extensions import override
 
 from aiordt._errors import (
@@ -34,6 +33,8 @@ from aiordt.channels._items import in_memory, num_bytes, on_memory, rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    import torch
 
     from aiordt._runtime import Runtime
     from aiordt.abc import Link, Peer
@@ -56,7 +57,7 @@ class _Shown:
         self.held = False
         self.gone = False
 
-    def take_back(self, block: object) -> None:
+    def take_back(self, block: object) -> None:  # noqa: ARG002
         """See `aiordt._memory.Home`: no tensor of the item is left."""
         self.gone = True
         if self.held:
@@ -112,7 +113,7 @@ class Receiving(End):
         self._pieces = bytearray()
         self._items: deque[_Waiting] = deque()
         self._buffers: dict[int, torch.Tensor] = {}
-        self._last: _Held | None = None
+        self._last: _Shown | None = None
         self._holding: set[int] = set()
         self._end: AiordtError | None = None
         self._clean = False  # it ended as it should
@@ -382,8 +383,6 @@ class Receiving(End):
 
     def close(self) -> None:
         """The runtime ends. On the io loop."""
-        self.over = self.over or ClosedError(
-            f"channel {self.name!r}: aiordt's runtime was closed"
-        )
+        self.over = self.over or ClosedError(f"channel {self.name!r}: aiordt's runtime was closed")
         self._line.shut()
         self.wake_from_afar()

@@ -282,9 +282,7 @@ class Channels(Service):
         name, count, capacity, _ = body
         self._add(
             (channel, SENDER),
-            Sending(
-                self.runtime, channel, name, capacity=capacity, count=count, maker=peer_id
-            ),
+            Sending(self.runtime, channel, name, capacity=capacity, count=count, maker=peer_id),
         )
 
     def _add(self, key: tuple[bytes, int], end: Sending | Receiving) -> None:

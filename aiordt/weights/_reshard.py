@@ -290,13 +290,13 @@ def _source(held: Sequence[Part], move: Move) -> TensorRef:
         return part.ref[_index(piece)]
     stride = _dense(piece.shape)
     start = piece.flat + sum(
-        low * step for (low, _), step in zip(piece.index, stride, strict=True)
+        low * step for (low, _), step in zip(piece.ranges, stride, strict=True)
     )
     return restrided(part.ref, start, move.shape, stride)
 
 
 def _index(piece: Piece) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in piece.index)
+    return tuple(slice(start, stop) for start, stop in piece.ranges)
 
 
 def _dense(shape: Sequence[int]) -> tuple[int, ...]:

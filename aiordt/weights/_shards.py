@@ -101,7 +101,9 @@ def placement(given: AnyPlacement) -> Placement:
         raise InvalidValueError("a flat shard is of the whole tensor: it stands alone")
     shards = tuple(part for part in parts if isinstance(part, Shard))
     if len(shards) < len(parts):
-        raise InvalidTypeError(f"a Shard, a FlatShard or a tuple of Shards is needed, not {given!r}")
+        raise InvalidTypeError(
+            f"a Shard, a FlatShard or a tuple of Shards is needed, not {given!r}"
+        )
     return shards
 
 
@@ -194,12 +196,12 @@ class Piece(NamedTuple):
         flat: Where, in a tensor of one dimension, a box begins that they are in; ``None``: the
             tensor is that box.
         shape: Of that box.
-        index: Their ranges in it.
+        ranges: Theirs, in it.
     """
 
     flat: int | None
     shape: _Ints
-    index: Ranges
+    ranges: Ranges
 
 
 class Move(NamedTuple):
@@ -249,7 +251,7 @@ def _inferred(parts: Sequence[tuple[_Ints, Placement, _Ints | None]]) -> _Ints:
     sizes = list(first)
     if where and isinstance(where[0], FlatShard):
         raise InvalidValueError("a flat shard does not say the shape of the whole: give shapes=")
-    dims = [shard.dim % max(1, len(first)) for shard in where if isinstance(shard, Shard)]
+    dims = [shard.dim % max(1, len(first)) for shard in where]
     if len(set(dims)) < len(dims):
         raise InvalidValueError(
             "a dimension that was split twice does not say its size: give shapes="

@@ -41,9 +41,7 @@ async def give_flat(_: Any, index: int) -> Any:
 
 
 async def owned(nodes: list[Any], give: Any) -> list[Any]:
-    return list(
-        await asyncio.gather(*(node.run.remote(give, i) for i, node in enumerate(nodes)))
-    )
+    return list(await asyncio.gather(*(node.run.remote(give, i) for i, node in enumerate(nodes))))
 
 
 def moved() -> int:
@@ -71,7 +69,7 @@ async def test_flat_shards_grids_and_wholes(nodes: list[Any]) -> None:
     for name, tensor in everything.items():
         assert torch.equal(tensor, whole(name)), name
     assert moved() - before <= needed, "what is tiny travelled inside its ref"
-    grid = {"w": (Shard(0, 1, 2), Shard(1, 1, 3)), "tiny": FlatShard(1, 2)}
+    grid: Any = {"w": (Shard(0, 1, 2), Shard(1, 1, 3)), "tiny": FlatShard(1, 2)}
     some = await load_shards(parts, grid)
     assert torch.equal(some["w"], whole("w").chunk(2)[1].chunk(3, 1)[1])
     assert some["tiny"].tolist() == whole("tiny")[3:].tolist()

@@ -34,7 +34,7 @@ def part(whole: np.ndarray[Any, Any], where: Placement) -> np.ndarray[Any, Any]:
 def at(array: np.ndarray[Any, Any], piece: Piece) -> np.ndarray[Any, Any]:
     if piece.flat is not None:
         array = array[piece.flat : piece.flat + prod(piece.shape)].reshape(piece.shape)
-    return array[tuple(slice(*each) for each in piece.index)]
+    return array[tuple(slice(*each) for each in piece.ranges)]
 
 
 @st.composite
@@ -85,7 +85,7 @@ def shapes_of(shape: tuple[int, ...], sources: list[Placement]) -> tuple[int, ..
 def test_the_shape_of_the_whole_is_found_out() -> None:
     assert shapes_of((10, 3), [(Shard(0, index, 4),) for index in range(4)]) == (10, 3)
     assert shapes_of((3, 10), [(Shard(-1, index, 4),) for index in range(4)]) == (3, 10)
-    grid = [(Shard(0, i, 2), Shard(1, j, 3)) for i in range(2) for j in range(3)]
+    grid: list[Placement] = [(Shard(0, i, 2), Shard(1, j, 3)) for i in range(2) for j in range(3)]
     assert shapes_of((5, 7), grid) == (5, 7)
     with pytest.raises(aiordt.UsageError, match="shard 2 of 4 along dimension 0"):
         shapes_of((10, 3), [(Shard(0, index, 4),) for index in (0, 1, 3)])
