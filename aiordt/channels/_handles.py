@@ -17,9 +17,10 @@ from aiordt._errors import (
 from aiordt._progress import run_all
 from aiordt._types import MIB
 from aiordt.abc import AsyncResource
+from aiordt.channels._meeting import SENDER
 from aiordt.channels._receiving import Receiving
 from aiordt.channels._sending import Sending
-from aiordt.channels._service import SENDER, channels_of
+from aiordt.channels._service import channels_of
 from aiordt.collective._members import Member, find
 
 if TYPE_CHECKING:

@@ -152,9 +152,10 @@ class Receiving(End):
                 else:
                     self._line.watch(self._arrived)
                     await self.wait()
-            if self._end is not None and not self._items:  # RCV-2
-                raise self._end.with_traceback(None)
             self.check()
+            if self._end is not None and not self._items:  # RCV-2
+                self._finish(self._end)
+                self.check()
         if self._opened is None:
             self._read_ahead()
         return self._items[0]
@@ -206,11 +207,11 @@ class Receiving(End):
         if waiting.task is None:
             waiting.task = asyncio.get_running_loop().create_task(self._read(waiting))
         await asyncio.wait({waiting.task})  # cancelled, the task goes on (RCV-1)
+        self.check()  # it may have been closed, and the task cancelled
         try:
             waiting.task.result()
         except AiordtError as exc:
-            self._items.clear()
-            self._end = exc
+            self._finish(exc)
             raise
 
     def _keep(self, number: int, buffer: torch.Tensor) -> None:

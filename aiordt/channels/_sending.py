@@ -177,6 +177,7 @@ class Sending(End):
         warning: asyncio.TimerHandle | None = None
         try:
             while True:
+                self.check()  # once it is over, another thread hears
                 self._hear()
                 await self._check()
                 if self._ready and not self._congested:

@@ -106,14 +106,14 @@ def expected(count: int) -> list[Any]:
     return [flat(item(number)) for number in range(count)]
 
 
-async def test_items_of_all_kinds_arrive_in_order(nodes: list[Any]) -> None:
+async def test_items_of_all_kinds_arrive_in_order(nodes: list[Any]) -> None:  # SND-2
     tx, rx = await aiordt.channel(nodes[0], nodes[1])
     sent = nodes[0].run.remote(send_items, tx, 64)
     assert await nodes[1].run.remote(receive_items, rx) == expected(64)
     await sent
 
 
-async def test_one_sender_and_many_receivers_one_of_which_leaves(nodes: list[Any]) -> None:
+async def test_one_sender_and_many_receivers_one_of_which_leaves(nodes: list[Any]) -> None:  # SND-3
     async def take_two(_: Any, rx: aiordt.Receiver) -> list[Any]:
         found = [flat(await rx.recv()), flat(await rx.recv())]
         await rx.aclose()
@@ -131,7 +131,7 @@ async def test_one_sender_and_many_receivers_one_of_which_leaves(nodes: list[Any
     await sent
 
 
-async def test_driver_tasks_and_handles_that_travel(nodes: list[Any]) -> None:
+async def test_driver_tasks_and_handles_that_travel(nodes: list[Any]) -> None:  # CHN-2
     @ray.remote(num_cpus=0)
     def task(tx: aiordt.Sender, rx: aiordt.Receiver) -> int:
         async def double() -> int:
@@ -168,7 +168,7 @@ async def test_both_ends_in_one_process(cluster: None) -> None:
     await sending
 
 
-async def test_sender_waits_for_credit_and_only_for_that(nodes: list[Any]) -> None:
+async def test_sender_waits_for_credit_and_only_for_that(nodes: list[Any]) -> None:  # SND-1
     tx, rx = await aiordt.channel(None, nodes[1], capacity=MIB)
     tensor = torch.zeros(256 * KIB - 1024, dtype=torch.uint8)
     for _ in range(4):
@@ -192,7 +192,7 @@ async def test_sender_waits_for_credit_and_only_for_that(nodes: list[Any]) -> No
     await tx.aclose()
 
 
-async def test_memory_is_not_written_to_while_it_is_looked_at(nodes: list[Any]) -> None:
+async def test_memory_is_not_written_to_while_it_is_looked_at(nodes: list[Any]) -> None:  # CRD-2
     """A ring of four items, 500 of which pass; each is compared as a whole."""
     tx, rx = await aiordt.channel(nodes[0], nodes[1], capacity=MIB)
     sent = nodes[0].run.remote(send_numbers, tx, 500, 200 * KIB)
@@ -200,7 +200,7 @@ async def test_memory_is_not_written_to_while_it_is_looked_at(nodes: list[Any]) 
     assert await sent == 500
 
 
-async def test_held_items_stay_and_give_their_credit_back_when_they_go(nodes: list[Any]) -> None:
+async def test_held_items_stay_and_give_their_credit_back_when_they_go(nodes: list[Any]) -> None:  # RCV-3
     async def hold_some(_: Any, rx: aiordt.Receiver) -> tuple[list[float], float, float]:
         kept = []
         for _ in range(3):
@@ -234,7 +234,7 @@ async def test_copies_are_private(nodes: list[Any]) -> None:
     assert await sent == 20
 
 
-async def test_requires_grad_parameters_and_large_rests_arrive(nodes: list[Any]) -> None:
+async def test_requires_grad_parameters_and_large_rests_arrive(nodes: list[Any]) -> None:  # LIN-1
     async def look(_: Any, rx: aiordt.Receiver) -> Any:
         first, second, third = await rx.recv(), None, None
         first = (first.requires_grad, first.is_leaf)
@@ -290,7 +290,7 @@ async def test_a_failed_sender_says_so(nodes: list[Any]) -> None:
     await rx.aclose()
 
 
-async def test_a_cancelled_receive_loses_nothing(cluster: None, nodes: list[Any]) -> None:
+async def test_a_cancelled_receive_loses_nothing(cluster: None, nodes: list[Any]) -> None:  # RCV-1
     tx, rx = await aiordt.channel(nodes[0], None)
     waiting = asyncio.ensure_future(rx.recv())
     await asyncio.sleep(0)
@@ -315,7 +315,7 @@ async def test_a_cancelled_receive_loses_nothing(cluster: None, nodes: list[Any]
     await rx.aclose()
 
 
-async def test_closing_wakes_the_other_end_and_ones_own(nodes: list[Any]) -> None:
+async def test_closing_wakes_the_other_end_and_ones_own(nodes: list[Any]) -> None:  # END-2
     tx, rx = await aiordt.channel(None, None, capacity=1000)
     receiving = asyncio.ensure_future(rx.recv())
     await asyncio.sleep(0.05)
@@ -338,7 +338,7 @@ async def test_closing_wakes_the_other_end_and_ones_own(nodes: list[Any]) -> Non
     await rx.aclose()
 
 
-async def test_a_killed_sender_ends_its_receivers(spawn: Spawn, nodes: list[Any]) -> None:
+async def test_a_killed_sender_ends_its_receivers(spawn: Spawn, nodes: list[Any]) -> None:  # RCV-2, CHN-1
     async def send_and_wait(_: Any, tx: aiordt.Sender) -> None:
         await tx.send(torch.ones(MIB))
         await asyncio.sleep(1000)
@@ -354,11 +354,23 @@ async def test_a_killed_sender_ends_its_receivers(spawn: Spawn, nodes: list[Any]
             return str(exc)
         return ""
 
+    async def make(_: Any, receiver: Any) -> Any:
+        return await aiordt.channel("anyone", receiver)
+
+    async def wait_for_a_sender(_: Any, rx: aiordt.Receiver) -> str:
+        try:
+            await rx.recv()
+        except aiordt.OwnerDiedError as exc:
+            return str(exc)
+        return ""
+
     victim = spawn()
     pid = await victim.pid.remote()
     tx, rxs = await aiordt.channel(victim, [nodes[1], None])
     gone = victim.run.remote(send_and_wait, tx)
     said = nodes[1].run.remote(receive, rxs[0])
+    _, never = await victim.run.remote(make, nodes[2])
+    waits = nodes[2].run.remote(wait_for_a_sender, never)
     await rxs[1].recv()
     receiving = asyncio.ensure_future(rxs[1].recv())
     await asyncio.sleep(0.05)
@@ -367,12 +379,13 @@ async def test_a_killed_sender_ends_its_receivers(spawn: Spawn, nodes: list[Any]
         with pytest.raises(aiordt.OwnerDiedError, match=r"its sender.*died"):
             await receiving
         assert "died" in await said
+        assert "died" in await waits, "the process that made it is gone, and no sender came"
     with pytest.raises(ray.exceptions.RayActorError):
         await gone
     await rxs[1].aclose()
 
 
-async def test_a_killed_receiver_ends_the_channel(spawn: Spawn, nodes: list[Any]) -> None:
+async def test_a_killed_receiver_ends_the_channel(spawn: Spawn, nodes: list[Any]) -> None:  # SND-3, CHN-1
     async def receive_for_ever(_: Any, rx: aiordt.Receiver) -> None:
         await rx.recv()
         await asyncio.sleep(1000)
@@ -402,7 +415,7 @@ async def test_a_killed_receiver_ends_the_channel(spawn: Spawn, nodes: list[Any]
         await aiordt.channel(nodes[0], victim)
 
 
-async def test_nothing_is_left_of_closed_channels(nodes: list[Any]) -> None:
+async def test_nothing_is_left_of_closed_channels(nodes: list[Any]) -> None:  # LIN-2
     service = channels_of(_runtime.current())
     files = len(os.listdir("/proc/self/fd"))
     used = aiordt.stats().arena_used_bytes
@@ -423,7 +436,7 @@ async def test_nothing_is_left_of_closed_channels(nodes: list[Any]) -> None:
     assert not service.meetings
 
 
-def test_an_end_may_change_loops_but_not_have_two(cluster: None) -> None:
+def test_an_end_may_change_loops_but_not_have_two(cluster: None) -> None:  # END-1
     async def make() -> tuple[aiordt.Sender, aiordt.Receiver]:
         tx, rx = await aiordt.channel(None, None)
         await tx.send(1)
@@ -437,5 +450,14 @@ def test_an_end_may_change_loops_but_not_have_two(cluster: None) -> None:
         await rx.aclose()
         return found
 
+    async def elsewhere(rx: aiordt.Receiver) -> None:
+        waiting = asyncio.ensure_future(rx.recv())
+        await asyncio.sleep(0.05)
+        with pytest.raises(aiordt.UsageError, match="in use on another event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(rx.recv()))
+        waiting.cancel()
+        await asyncio.wait({waiting})
+
     tx, rx = asyncio.run(make())
+    asyncio.run(elsewhere(rx))
     assert asyncio.run(go_on(tx, rx)) == 2

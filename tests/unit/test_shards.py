@@ -34,7 +34,7 @@ def part(whole: np.ndarray[Any, Any], where: Placement) -> np.ndarray[Any, Any]:
 def at(array: np.ndarray[Any, Any], piece: Piece) -> np.ndarray[Any, Any]:
     if piece.flat is not None:
         array = array[piece.flat : piece.flat + prod(piece.shape)].reshape(piece.shape)
-    return array[tuple(slice(*each) for each in piece.ranges)]
+    return array[(*(slice(*each) for each in piece.ranges), ...)]
 
 
 @st.composite
@@ -57,7 +57,7 @@ def layouts(draw: st.DrawFn, ndim: int) -> list[Placement]:
 @given(st.data())
 def test_a_plan_writes_each_element_once_and_right(data: st.DataObject) -> None:  # SHD-1
     shape = tuple(data.draw(st.lists(st.integers(0, 6), max_size=3)))
-    whole = np.arange(prod(shape), dtype=np.int64).reshape(shape) + 1
+    whole = np.arange(1, prod(shape) + 1, dtype=np.int64).reshape(shape)
     sources = data.draw(layouts(len(shape)))
     if data.draw(st.booleans()):
         sources = [*sources, *sources]  # replicas
