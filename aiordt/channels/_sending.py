@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
@@ -43,6 +45,10 @@ _COPY_ON_LOOP_NBYTES: Final = 1 * MIB
 #: Up to here an item goes with its frame to a receiver that does not see the sender's memory.
 _PAYLOAD_NBYTES: Final = 16 * KIB
 _WARN_SECONDS: Final = 10.0
+#: The receivers are not listened to for each item, as long as so little credit is in use ...
+_UNHEARD_NBYTES: Final = 256 * KIB
+#: ... for so long; to look costs 5 µs. Places just given back are used first, for the caches.
+_UNHEARD_SECONDS: Final = 0.001
 
 
 class _Receiver:
@@ -91,6 +97,7 @@ class Sending(End):
         self._slots: dict[int, Slot] = {}
         self._number = 0
         self._order = asyncio.Lock()
+        self._heard_at = -math.inf
         self._ready = False  # all receivers are there
 
     # --- who is there: on the io loop ------------------------------------------------------
@@ -174,27 +181,36 @@ class Sending(End):
 
     async def _room(self, packed: Packed) -> Slot:
         """Wait for all receivers, for their sockets, and for credit."""
-        warning: asyncio.TimerHandle | None = None
+        now = time.monotonic()
+        if self._ring.used > _UNHEARD_NBYTES or now - self._heard_at > _UNHEARD_SECONDS:
+            self._heard_at = now
+            self._hear()
+        await self._check()
+        return self._taken(packed) or await self._awaited(packed)
+
+    def _taken(self, packed: Packed) -> Slot | None:
+        if not self._ready or self._congested:
+            return None
+        return self._ring.take(packed.nbytes, len(packed.rest))
+
+    async def _awaited(self, packed: Packed) -> Slot:
+        loop = asyncio.get_running_loop()
+        warning = loop.call_later(_WARN_SECONDS, self._warn)
         try:
             while True:
                 self.check()  # once it is over, another thread hears
                 self._hear()
                 await self._check()
-                if self._ready and not self._congested:
-                    slot = self._ring.take(packed.nbytes, len(packed.rest))
-                    if slot is not None:
-                        return slot
-                if warning is None:
-                    loop = asyncio.get_running_loop()
-                    warning = loop.call_later(_WARN_SECONDS, self._warn)
+                slot = self._taken(packed)
+                if slot is not None:
+                    return slot
                 for receiver in self._receivers:
                     if receiver.line is not None and not receiver.line.ended:
                         receiver.line.watch(self.wake)
                 await self._wait_for_change()
         finally:
-            if warning is not None:
-                warning.cancel()
-                self._unwatch()
+            warning.cancel()
+            self._unwatch()
 
     async def _wait_for_change(self) -> None:
         congested = [
@@ -266,7 +282,8 @@ class Sending(End):
         moves = packed.pieces(target, start)
         if packed.nbytes <= _COPY_ON_LOOP_NBYTES:
             copy(moves)
-            packed.lay_out(target, start)
+            if len(moves) < len(packed.tensors):
+                packed.lay_out(target, start)
             return
         job = Job((piece for move in moves for piece in pieces(*move)), copy_piece, "channel.copy")
         await finish(job.start(self._runtime.workers, 2), job.stop)

@@ -253,6 +253,8 @@ def _planned(
     local = _shards.local_shape(shape, where)
     if target is not None:
         _check_target(target, local, held[0].ref.dtype)
+        if where and isinstance(where[0], FlatShard) and not target.is_contiguous():
+            raise InvalidValueError("into must be contiguous to receive a flat shard")
     moves = _shards.plan(shape, tuple(part.placement for part in held), where)
     return target, _Moves(local, moves)
 
@@ -264,8 +266,6 @@ def _check_target(target: object, local: tuple[int, ...], dtype: torch.dtype) ->
         raise InvalidValueError(f"into has the shape {tuple(target.shape)} where {local} arrives")
     if target.dtype != dtype and not converts(dtype, target.dtype):
         raise InvalidValueError(f"into has {target.dtype} where {dtype} arrives")
-    if not target.is_contiguous() and target.dim() != len(local):
-        raise InvalidValueError("into must be contiguous")
 
 
 def _made(held: Sequence[Part], moves: _Moves, dtype: torch.dtype | None) -> torch.Tensor:
