@@ -62,7 +62,7 @@ class Settings:
         """
         if any(size < 4 or size % 4 for size in sizes or ()):
             raise ValueError("sizes must be multiples of 4")
-        return cls(sizes=sizes or (_QUICK_SIZES if quick else _SIZES), rounds=2 if quick else 5)
+        return cls(sizes=sizes or (_QUICK_SIZES if quick else _SIZES), rounds=1 if quick else 5)
 
     def count(self, nbytes: int) -> int:
         """How many items of this size go in a round."""

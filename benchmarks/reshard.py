@@ -34,7 +34,6 @@ OURS: Final = "aiordt, overlaps only"
 WHOLE: Final = "aiordt, all parts, then cut"
 STORE: Final = "object store, all parts, then cut"
 NAMES: Final = (OURS, WHOLE, STORE)
-_OWNERS: Final = 4
 _ERRORS: Final = (ray.exceptions.RayError, aiordt.AiordtError, TimeoutError, RuntimeError)
 #: What a reader wants, and the most that may move of what it needs.
 WANTED: Final[dict[str, tuple[tuple[Shard, ...], float]]] = {
@@ -48,9 +47,10 @@ _ROUNDING: Final = 0.005
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a run measures: a float32 square of ``side``, ``count`` times in ``rounds``."""
+    """What a run measures: a square of ``side``, of ``owners``, ``count`` times in ``rounds``."""
 
     side: int
+    owners: int
     rounds: int
     count: int
 
@@ -64,9 +64,10 @@ class Settings:
         if side is not None and (side < 12 or side % 12):
             raise ValueError("side must be a multiple of 12")
         return cls(
-            side=side or (1536 if quick else 6144),
+            side=side or (1536 if quick else 4608),
+            owners=2 if quick else 4,
             rounds=1 if quick else 3,
-            count=3 if quick else 6,
+            count=3 if quick else 5,
         )
 
 
@@ -82,16 +83,16 @@ def _cut(square: torch.Tensor, where: tuple[Shard, ...]) -> torch.Tensor:
 
 @ray.remote
 class _Owner(aiordt.AsyncActor):
-    def __init__(self, side: int, index: int) -> None:
+    def __init__(self, side: int, index: int, owners: int) -> None:
         quiet()
-        self._index = index
-        self._rows = _square(side).chunk(_OWNERS)[index].clone()
+        self._shard = Shard(0, index, owners)
+        self._rows = _cut(_square(side), (self._shard,)).clone()
 
     async def pid(self) -> int:
         return os.getpid()
 
     async def parts(self) -> dict[str, Part]:
-        return await export_shards({"w": self._rows}, Shard(0, self._index, _OWNERS))
+        return await export_shards({"w": self._rows}, self._shard)
 
     async def stored(self) -> torch.Tensor:
         return self._rows
@@ -148,7 +149,7 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
     side = settings.side
     size = format_nbytes(4 * side * side)
     a_run = Run(
-        f"Resharding of {size} (float32, {side} x {side}), rows of {_OWNERS} owners",
+        f"Resharding of {size} (float32, {side} x {side}), rows of {settings.owners} owners",
         dataclasses.asdict(settings),
     )
     figures = a_run.figures
@@ -156,7 +157,8 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
     series: dict[tuple[str, str], list[float]] = defaultdict(list)
     moved: dict[str, float] = {}
     with cluster():
-        owners = [start(_Owner, side, index, num_cpus=0) for index in range(_OWNERS)]
+        count = settings.owners
+        owners = [start(_Owner, side, index, count, num_cpus=0) for index in range(count)]
         reader = start(_Reader, side, num_cpus=0)
         try:
             parts = get([owner.parts.remote() for owner in owners])

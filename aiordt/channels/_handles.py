@@ -259,9 +259,13 @@ class Receiver(_Handle[Receiving]):
         """Keep the item that was received last for as long as any tensor of it exists.
 
         It takes up the sender's credit for so long. Does nothing for private copies.
+
+        Raises:
+            UsageError: This handle has received nothing.
         """
-        if self._end is not None:
-            self._end.hold()
+        if self._end is None:
+            raise UsageError(f"channel {self.name!r}: hold() is for what recv() gave before")
+        self._end.hold()
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self

@@ -56,11 +56,10 @@ class Channels(Service):
         self.meetings: dict[bytes, Meeting] = {}
         self._ends: dict[tuple[bytes, int], Sending | Receiving] = {}
         self._streams: dict[bytes, tuple[Sending, int, bytes]] = {}
-        self._member: Member | None = None
 
-    def own(self, state: bytes = b"") -> Member:
+    def own(self) -> Member:
         """This process."""
-        return Member(self.runtime.address, self.runtime.owner, state)
+        return Member(self.runtime.address, self.runtime.owner, b"")
 
     def end(self, channel: bytes, index: int) -> Sending | Receiving | None:
         """An end in this process, if it is here. Any thread."""

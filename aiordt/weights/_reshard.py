@@ -119,7 +119,7 @@ async def export_shards(
         transport: As for `aiordt.put`.
 
     Returns:
-        The parts by name: to be returned to, or passed to, whoever calls `load_shards`.
+        The parts by name, to be returned to, or passed to, whoever calls `load_shards`.
 
     Raises:
         UsageError: A placement is not valid, or a tensor cannot be exported; names it.
@@ -167,7 +167,7 @@ async def load_shards(
 
     Args:
         parts: What `export_shards` returned to each owner, in any order: a sequence of such
-            dicts, or of Ray ``ObjectRef``s of them. The same part from several owners is read
+            dicts, or of ObjectRefs of them. The same part from several owners is read
             from one of them, the nearest.
         layout: What this process is to have of each tensor, as for `export_shards`; nothing:
             all of it.
@@ -177,7 +177,7 @@ async def load_shards(
         transport: Use this transport only.
 
     Returns:
-        The tensors by name: this process's parts; of flat shards, tensors of one dimension.
+        The tensors by name, which are this process's parts; flat shards have one dimension.
 
     Raises:
         UsageError: Parts are missing, overlap, or do not fit each other or ``into``; names the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import random
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,28 @@ async def test_sender_waits_for_credit_and_only_for_that(nodes: list[Any]) -> No
     await tx.aclose()
 
 
+async def test_a_cancelled_send_is_received_by_all_or_none(nodes: list[Any]) -> None:  # SND-1
+    async def collect(_: Any, rx: aiordt.Receiver) -> list[int]:
+        return [int(tensor[-1]) async for tensor in rx]
+
+    tx, rxs = await aiordt.channel(None, nodes[:2], capacity=3 * MIB)
+    found = [node.run.remote(collect, rx) for node, rx in zip(nodes, rxs, strict=False)]
+    chance = random.Random(7)
+    sent = []
+    for number in range(300):
+        numel = chance.choice([10, 100_000, 300_000])  # inline, at once, on worker threads
+        task = asyncio.ensure_future(tx.send(torch.full((numel,), number)))
+        for _ in range(chance.randrange(6)):
+            await asyncio.sleep(chance.choice([0, 0, 0.001]))
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            sent.append(number)
+    await tx.aclose()
+    assert 30 < len(sent) < 300, "some were, and some were not"
+    assert await asyncio.gather(*found) == [sent, sent]
+
+
 async def test_memory_is_not_written_to_while_it_is_looked_at(nodes: list[Any]) -> None:  # CRD-2
     """A ring of four items, 500 of which pass; each is compared as a whole."""
     tx, rx = await aiordt.channel(nodes[0], nodes[1], capacity=MIB)
@@ -200,9 +223,13 @@ async def test_memory_is_not_written_to_while_it_is_looked_at(nodes: list[Any]) 
     assert await sent == 500
 
 
-async def test_held_items_stay_and_give_their_credit_back_when_they_go(nodes: list[Any]) -> None:  # RCV-3
+async def test_held_items_stay_and_give_their_credit_back_when_they_go(
+    nodes: list[Any],
+) -> None:  # RCV-3
     async def hold_some(_: Any, rx: aiordt.Receiver) -> tuple[list[float], float, float]:
         kept = []
+        with pytest.raises(aiordt.UsageError):
+            rx.hold()
         for _ in range(3):
             kept.append(await rx.recv())
             rx.hold()
@@ -338,7 +365,9 @@ async def test_closing_wakes_the_other_end_and_ones_own(nodes: list[Any]) -> Non
     await rx.aclose()
 
 
-async def test_a_killed_sender_ends_its_receivers(spawn: Spawn, nodes: list[Any]) -> None:  # RCV-2, CHN-1
+async def test_a_killed_sender_ends_its_receivers(
+    spawn: Spawn, nodes: list[Any]
+) -> None:  # RCV-2, CHN-1
     async def send_and_wait(_: Any, tx: aiordt.Sender) -> None:
         await tx.send(torch.ones(MIB))
         await asyncio.sleep(1000)
@@ -385,7 +414,9 @@ async def test_a_killed_sender_ends_its_receivers(spawn: Spawn, nodes: list[Any]
     await rxs[1].aclose()
 
 
-async def test_a_killed_receiver_ends_the_channel(spawn: Spawn, nodes: list[Any]) -> None:  # SND-3, CHN-1
+async def test_a_killed_receiver_ends_the_channel(
+    spawn: Spawn, nodes: list[Any]
+) -> None:  # SND-3, CHN-1
     async def receive_for_ever(_: Any, rx: aiordt.Receiver) -> None:
         await rx.recv()
         await asyncio.sleep(1000)

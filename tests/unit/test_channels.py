@@ -139,7 +139,7 @@ def test_an_item_that_is_not_in_its_buffer_is_refused() -> None:
 
 
 def test_tensors_of_all_layouts_go_in_and_out() -> None:
-    base = torch.arange(60, dtype=torch.complex64).reshape(3, 4, 5)
+    base = torch.arange(60).to(torch.complex64).reshape(3, 4, 5) * 1j
     tree = {
         "plain": base,
         "t": base.permute(2, 0, 1),

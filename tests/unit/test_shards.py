@@ -34,7 +34,8 @@ def part(whole: np.ndarray[Any, Any], where: Placement) -> np.ndarray[Any, Any]:
 def at(array: np.ndarray[Any, Any], piece: Piece) -> np.ndarray[Any, Any]:
     if piece.flat is not None:
         array = array[piece.flat : piece.flat + prod(piece.shape)].reshape(piece.shape)
-    return array[(*(slice(*each) for each in piece.ranges), ...)]
+    index: Any = (*(slice(*each) for each in piece.ranges), ...)
+    return array[index]
 
 
 @st.composite
