@@ -26,6 +26,7 @@ from aiordt._get import get
 from aiordt._ref import TensorRef
 from aiordt._types import Explanation, Owner, Stats, TransportStats
 from aiordt._wait import as_completed, explain, stats, wait, wait_tensor_freed
+from aiordt.channels import Receiver, Sender, channel
 from aiordt.collective import (
     Group,
     allgather_refs,
@@ -55,7 +56,9 @@ __all__ = [
     "Owner",
     "OwnerDiedError",
     "PeerLostError",
+    "Receiver",
     "RefPicklingError",
+    "Sender",
     "SharedTensorWarning",
     "Stats",
     "TensorFreedError",
@@ -69,6 +72,7 @@ __all__ = [
     "alltoall_refs",
     "as_completed",
     "broadcast_refs",
+    "channel",
     "configure",
     "create_group",
     "empty",

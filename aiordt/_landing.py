@@ -201,14 +201,18 @@ def describe(ref: Pullable) -> str:
 
 def dress(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401
     """Make a received tensor what the original was: an array, a class, ``requires_grad``."""
-    flags = ref.meta.flags
+    return dressed(tensor, ref.meta.flags, ref.cls)
+
+
+def dressed(tensor: torch.Tensor, flags: int, cls: type[torch.Tensor] | None) -> Any:  # noqa: ANN401
+    """As `dress`, of an original of these flags and this class."""
     if flags & _wire.FLAG_NUMPY:
         return as_array(tensor)
     requires_grad = bool(flags & _wire.FLAG_REQUIRES_GRAD)
     if flags & _wire.FLAG_PARAMETER:
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
-    if ref.cls is not None:
-        tensor = tensor.as_subclass(ref.cls)
+    if cls is not None:
+        tensor = tensor.as_subclass(cls)
     return tensor.requires_grad_(True) if requires_grad else tensor  # noqa: FBT003
 
 

@@ -11,10 +11,10 @@ import torch
 from typing_extensions import override
 
 from aiordt import _ray, _wire
-from aiordt._errors import RefPicklingError, TensorFreedError
+from aiordt._errors import InvalidValueError, RefPicklingError, TensorFreedError
 from aiordt._landing import Header, Item, describe, dtype_of, num_bytes
 from aiordt._runtime import current, current_for
-from aiordt._slices import slice_inline, slice_meta
+from aiordt._slices import restrided_inline, restrided_meta, slice_inline, slice_meta
 from aiordt._types import Owner
 from aiordt.abc import PeerAddress
 
@@ -257,6 +257,26 @@ class TensorRef:
         how = "inline" if self.inline is not None else f"{self.nbytes} bytes"
         state = ", released" if self.released else ""
         return f"<TensorRef {describe(self)}, {how}, owner {self.owner}{state}>"
+
+
+def restrided(
+    ref: TensorRef, start: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> TensorRef:
+    """A ref to ``tensor.as_strided(shape, stride, start)`` of a contiguous tensor; nothing moves.
+
+    Raises:
+        TensorFreedError: ``ref`` was released.
+        InvalidValueError: The tensor is not contiguous.
+    """
+    lease, inline, meta = ref.lease, ref.inline, ref.meta
+    if inline is None and lease is None:
+        raise TensorFreedError("this ref was released: release() gave its tensor up")
+    if meta.stride is not None:
+        raise InvalidValueError(f"{describe(ref)} is not contiguous, as a flat shard must be")
+    made = restrided_meta(meta, start, shape, stride)
+    if inline is not None:
+        inline = restrided_inline(meta, inline, start, shape, stride)
+    return TensorRef(ref.header, ref.index, _wire.pack_meta(made), lease, inline, ref.cls)
 
 
 class _View:

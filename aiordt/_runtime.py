@@ -130,7 +130,7 @@ class Runtime(Puller):
             listener,
             listen_locally(runtime_id),
             runtime_id,
-            secret=self._read_secret,
+            secret=self.secret,
             handle=self._handle,
             accept=self._accept,
             lost=self._lost,
@@ -155,7 +155,12 @@ class Runtime(Puller):
             self._owner = _ray.identity()
         return self._owner
 
-    async def _read_secret(self) -> bytes:
+    async def secret(self) -> bytes:
+        """The cluster's secret, read once. On the io loop.
+
+        Raises:
+            PeerLostError: Ray does not answer.
+        """
         if self._secret is None or (self._secret.done() and self._secret.exception()):
 
             async def read() -> bytes:

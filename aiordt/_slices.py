@@ -59,6 +59,30 @@ def slice_inline(meta: TensorMeta, data: bytes, index: Any, sliced: TensorMeta) 
     return raw_bytes(view.contiguous() if sliced.stride is None else view, sliced.stride)
 
 
+def restrided_meta(
+    meta: TensorMeta, start: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> TensorMeta:
+    """The description of ``tensor.as_strided(shape, stride, start)`` of a contiguous tensor."""
+    view = torch.empty_strided(shape, stride, dtype=torch.uint8, device="meta")
+    offset = start * ITEMSIZES[meta.dtype]
+    return replace(
+        meta,
+        flags=meta.flags & ~_wire.FLAG_PARAMETER,
+        shape=shape,
+        stride=None if view.is_contiguous() else stride,
+        address=meta.address and meta.address + offset,
+        offset=(meta.offset or 0) + offset,
+    )
+
+
+def restrided_inline(
+    meta: TensorMeta, data: bytes, start: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> bytes:
+    """The bytes of that, of a tensor that travels by value."""
+    view = unpack_plain(meta, data).as_strided(shape, stride, start)
+    return raw_bytes(view, None if view.is_contiguous() else stride)
+
+
 def view_of(tensor: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
     """What a ref is for, at the owner: the exported tensor, or a view of it."""
     if meta.offset is None:

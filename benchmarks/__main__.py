@@ -140,5 +140,30 @@ def flow(
     command.run(settings, json_path=json, plot_path=plot)
 
 
+@app.command()
+def channels(
+    *, quick: _Quick = False, json: _Json = None, plot: _Plot = None, sizes: _Hidden = None
+) -> None:
+    """Items from actor to actor, beside compiled graphs, Gloo and the object store."""
+    from benchmarks import channels as command  # noqa: PLC0415
+
+    chosen = None if sizes is None else tuple(int(size) for size in _listed(sizes) or ())
+    command.run(command.Settings.choose(quick=quick, sizes=chosen), json_path=json, plot_path=plot)
+
+
+@app.command()
+def reshard(
+    *, quick: _Quick = False, json: _Json = None, plot: _Plot = None, side: _Hidden = None
+) -> None:
+    """A sharded state in another partition: time and bytes, beside pulling all of it."""
+    from benchmarks import reshard as command  # noqa: PLC0415
+
+    command.run(
+        command.Settings.choose(quick=quick, side=None if side is None else int(side)),
+        json_path=json,
+        plot_path=plot,
+    )
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

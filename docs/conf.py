@@ -26,6 +26,7 @@ import aiordt  # noqa: E402  (found through the line above)
 import aiordt.abc  # noqa: E402
 import aiordt.collective  # noqa: E402
 import aiordt.flow  # noqa: E402
+import aiordt.weights  # noqa: E402
 
 project = "aiordt"
 author = "The aiordt developers"
@@ -64,7 +65,10 @@ nitpick_ignore_regex = [
     ("py:.*", r"(bool|bytes|dict|float|int|list|memoryview|object|str|tuple|type|None)"),
     # The same, as they stand in annotations that are not evaluated.
     ("py:class", r"(Any|Callable|ClassVar|Iterable|AsyncIterator|Mapping|Self|Sequence)"),
-    ("py:class", r"(AbstractAsyncContextManager|Item|ObjectRef|TracebackType|np\.\w+|tuple\[str)"),
+    (
+        "py:class",
+        r"(AbstractAsyncContextManager|Item|Layout|ObjectRef|TracebackType|np\.\w+|tuple\[str)",
+    ),
     ("py:class", r"(aiordt\._\w+\.)?(_[A-Z]|Message)"),  # type variables; the wire's messages
 ]
 
@@ -73,6 +77,7 @@ _PUBLIC = {
     **_FLOW,
     **{name: f"aiordt.{name}" for name in aiordt.__all__},
     **{name: f"aiordt.abc.{name}" for name in aiordt.abc.__all__},
+    **{name: f"aiordt.weights.{name}" for name in aiordt.weights.__all__},
     "MemberGroup": "aiordt.collective.MemberGroup",
 }
 

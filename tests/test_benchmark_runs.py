@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aiordt.transports import probe
-from benchmarks import _mpi_ranks, collectives, flow, slices, statedict, view
+from benchmarks import _mpi_ranks, channels, collectives, flow, reshard, slices, statedict, view
 from benchmarks._collective_ranks import ALLREDUCE, KINDS, RAW, RAY, expected, slowest
 from benchmarks._figures import Figures
 from benchmarks._measure import GIB, MIB
@@ -70,6 +70,22 @@ def test_a_tiny_run(tmp_path: Path) -> None:
     assert pulls >= {CMA, SHM, TCP, RAW_ONE, MAPPED_ONE}
     assert pulls >= {NIXL_PULL, UCX, RAW_NIXL, RAW_UCXX} - set(expected)
     assert all(entry["spread"]["p50"] > 0 for entry in figures["actors"] + figures["pulls"])
+
+
+def test_a_tiny_run_of_channels(tmp_path: Path) -> None:
+    figures, _ = bench(tmp_path, "channels", "--sizes", "65536")
+    assert figures["unavailable"] == {}
+    groups = {name: {row["name"] for row in figures["rows"] if row["group"] == name}
+              for name in ("echo 64 KiB", "stream 64 KiB")}  # fmt: skip
+    assert groups["echo 64 KiB"] == set(channels.NAMES)
+    assert groups["stream 64 KiB"] == {channels.OURS, channels.COPIES, channels.GLOO}
+
+
+def test_a_tiny_run_of_reshard(tmp_path: Path) -> None:
+    figures, _ = bench(tmp_path, "reshard", "--side", "768")
+    assert figures["unavailable"] == {}
+    assert {row["name"] for row in figures["rows"]} == set(reshard.NAMES)
+    assert all(goal["met"] for goal in figures["goals"]), "as few bytes as are needed"
 
 
 def test_a_tiny_run_of_view(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_quickstart(cluster: None, tmp_path: Path) -> None:
         ("groups", "[1.0, 1.0, 1.0]"),
         ("collectives_on_refs", "[-1.0, -1.0, -1.0]"),
         ("flow", "[7864320.0, 7864320.0]"),
+        ("channels", "['loss 0.0', 'loss 1.0', 'loss 2.0']"),
+        ("resharding", "column 1: [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]"),
     ],
 )
 def test_program_of_a_how_to(tmp_path: Path, page: str, printed: str) -> None:
@@ -78,6 +80,17 @@ def test_data_parallel(tmp_path: Path) -> None:
     accuracy = re.search(r"accuracy (\S+), alone (\S+)", output)
     assert accuracy is not None
     assert float(accuracy[1]) > 0.9, output
+
+
+def test_pipeline_parallel(tmp_path: Path) -> None:
+    """The losses are those of a single process, and the text is learnt."""
+    output = run("pipeline_parallel.py", "--steps", "30", cwd=tmp_path)
+    difference = re.search(r"largest difference of the losses: (\S+)", output)
+    assert difference is not None
+    assert float(difference[1]) < 1e-5, output
+    last = re.search(r"last loss (\S+)", output)
+    assert last is not None
+    assert float(last[1]) < 3.0, output
 
 
 def test_mpi_allreduce(tmp_path: Path) -> None:

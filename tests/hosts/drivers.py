@@ -216,6 +216,36 @@ class Node(aiordt.AsyncActor):
             "in_flight": aiordt.stats().in_flight,
         }
 
+    # --- ends of channels
+
+    async def send(self, tx: aiordt.Sender, sizes: list[int], *, stay: bool = False) -> None:
+        for seed, nbytes in enumerate(sizes):
+            await tx.send({"t": pattern(nbytes, seed), "seed": seed})
+        if stay:
+            await asyncio.sleep(1000)
+        await tx.aclose()
+
+    async def receive(self, rx: aiordt.Receiver) -> dict[str, Any]:
+        """Receive to the end; say whether all was what `send` sent, how it came, how it ended."""
+        before = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
+        equal, error = [], ""
+        try:
+            async for item in rx:
+                tensor = item["t"]
+                equal.append(torch.equal(tensor, pattern(tensor.nbytes, item["seed"])))
+        except aiordt.AiordtError as exc:
+            error = type(exc).__name__
+        ended = time.monotonic()
+        await rx.aclose()
+        after = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
+        moved = {name: n - before.get(name, 0) for name, n in after.items()}
+        return {
+            "equal": equal,
+            "moved": {name: nbytes for name, nbytes in moved.items() if nbytes},
+            "error": error,
+            "ended": ended,
+        }
+
     # --- decoys: what has the owner's process id here, and is not the owner
 
     async def decoy(self, tree: dict[str, Any], kind: str) -> int:
@@ -424,6 +454,26 @@ async def owner_killed() -> object:
     return {"ended": ended, "again": again}
 
 
+async def channel() -> object:
+    sender, near, far = shared("h1"), fresh("h1"), shared("h2")
+    sizes = [KIB, 64 * KIB, MIB, 24 * MIB, 4] * 3
+    tx, rxs = await aiordt.channel(sender, [far, near], capacity=8 * MIB)
+    sent = sender.send.remote(tx, sizes)
+    result = {"far": far.receive.remote(rxs[0]), "near": near.receive.remote(rxs[1])}
+    found: dict[str, Any] = {name: await ref for name, ref in result.items()}
+    await sent
+    tx, rx = await aiordt.channel(near, far)
+    gone = near.send.remote(tx, [KIB, MIB], stay=True)
+    received = far.receive.remote(rx)
+    await asyncio.sleep(0.5)
+    killed = time.monotonic()
+    ray.kill(near)
+    found["killed"] = await received
+    found["killed"]["seconds"] = found["killed"]["ended"] - killed
+    await asyncio.wait({asyncio.ensure_future(gone)})
+    return {**found, "nbytes": sum(sizes)}
+
+
 async def cancel() -> object:
     owner, consumer = shared("h1"), shared("h2")
     trees = [await owner.make.remote(48 * MIB, seed) for seed in range(2)]
@@ -500,6 +550,7 @@ SCENARIOS = {
         container,
         lifetime,
         owner_killed,
+        channel,
         cancel,
         link,
         listeners,

@@ -220,6 +220,18 @@ def test_owner_killed_in_a_transfer_ends_every_pull(
     assert found["again"]["equal"], "the consumer can pull from another owner"
 
 
+def test_channels_go_from_host_to_host_and_end_there(driver: Driver) -> None:
+    found = driver.run("channel")
+    for end in ("far", "near"):
+        assert found[end]["equal"] == [True] * 15, found[end]
+        assert not found[end]["error"]
+    assert found["far"]["moved"] == {"tcp": found["nbytes"]}
+    assert found["near"]["moved"] == {}, "seen in the sender's memory"
+    assert found["killed"]["error"] == "OwnerDiedError"
+    assert found["killed"]["equal"][:1] == [True]
+    assert found["killed"]["seconds"] < 5
+
+
 def test_cancelled_pull_harms_no_other(hosts: TwoHosts, driver: Driver) -> None:  # OWN-1, CAN-1
     with slow(hosts):
         found = driver.run("cancel")
