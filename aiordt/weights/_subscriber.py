@@ -66,7 +66,7 @@ class Subscriber(AsyncResource):
         self._record = record
         self._follow = follow
         self._known: dict[int, tuple[int, Known, object]] = {}
-        self._last: tuple[int, int] = (0, 0)  # epoch and version
+        self._last = (record.epoch, 0)  # epoch and version of what it has had
         self._calls: set[asyncio.Task[Update]] = set()
         self._closed = False
         self._moving: asyncio.Lock = asyncio.Lock()
@@ -90,8 +90,8 @@ class Subscriber(AsyncResource):
         waiting. A newer version may be there by the time that it has come.
 
         Args:
-            min_version: Wait until the newest is not older than this. Any version of a later
-                publisher is newer than those that this subscriber had of the one before.
+            min_version: Wait until the newest is not older than this. When the publisher is
+                replaced, any version of the next one is newer than all before.
             into: As of `aiordt.get`: tensors to receive into, in a tree of the same structure. They
                 are written from the beginning of the transfer until its end.
             dtype: As of `aiordt.get`.
@@ -113,10 +113,15 @@ class Subscriber(AsyncResource):
         if min_version is not None:
             check_int("min_version", min_version)
         self._check_open()
-        call = asyncio.ensure_future(self._guarded(min_version, into, dtype, device))
+        call = asyncio.ensure_future(self._latest(min_version, into, dtype, device))
         self._calls.add(call)
         try:
             return await finish(call, call.cancel)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # not the caller, but `aclose`
+                self._check_open()
+            raise
         finally:
             self._calls.discard(call)
 
@@ -124,17 +129,10 @@ class Subscriber(AsyncResource):
         if self._closed:
             raise ClosedError(f"this subscriber of {self.name!r} was closed")
 
-    async def _guarded(self, min_version: int | None, into: Any, *how: Any) -> Update:  # noqa: ANN401
-        try:
-            return await self._latest(min_version, into, *how)
-        except asyncio.CancelledError:
-            self._check_open()  # `aclose` has cancelled it
-            raise
-
     async def _latest(self, min_version: int | None, into: Any, *how: Any) -> Update:  # noqa: ANN401
         while True:
             record = self._record
-            newer = bool(self._last[0]) and record.epoch > self._last[0]
+            newer = record.epoch > self._last[0]
             after = 0 if min_version is None or newer else min_version - 1
             try:
                 found = await self._read(record, max(after, 0), into, *how)
