@@ -459,8 +459,12 @@ async def test_cancelled_readers_hold_nothing(nodes: Any, opener: Opener) -> Non
 async def cancel_publishing(node: Any) -> tuple[bool, int]:
     pub, tree = node.kept["pub"], filled(2)
     go_on = threading.Event()
+
+    def hold_thread() -> None:
+        go_on.wait(20)
+
     for _ in range(4):
-        current().workers.submit(lambda: go_on.wait(20))  # no thread is there to copy
+        current().workers.submit(hold_thread)  # none is there to copy
     task = asyncio.ensure_future(pub.publish(tree))
     for _ in range(20):
         await asyncio.sleep(0)
