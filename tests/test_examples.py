@@ -93,3 +93,13 @@ def test_async_rl_quick(tmp_path: Path) -> None:
     pulled = [float(nbytes) for nbytes in re.findall(r"(\d+\.\d) MiB cma", output)]
     assert len(pulled) == 3, output  # the learner and both samplers
     assert min(pulled[1:]) >= 2.0, output  # two versions of the weights, 1 MiB each
+
+
+def test_weight_sync(tmp_path: Path) -> None:
+    """The trainer learns, and every sampler has used weights of it, the last among them."""
+    tiny = ("--steps", "30", "--every", "5", "--width", "32", "--layers", "1")
+    output = run("weight_sync.py", *tiny, cwd=tmp_path)
+    losses = re.search(r"loss (\S+) -> (\S+);", output)
+    assert losses is not None
+    assert float(losses[2]) < float(losses[1]), output
+    assert len(re.findall(r"[1-6] of 6", output)) == 2, output
