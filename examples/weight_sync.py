@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -26,6 +26,9 @@ from torch.nn import functional
 
 import aiordt
 from aiordt.weights import publisher, subscriber
+
+if TYPE_CHECKING:
+    from aiordt.weights import Publisher, Subscriber
 
 NAME = "policy"
 CONTEXT = 64
@@ -79,6 +82,11 @@ class Trainer(aiordt.AsyncActor):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
         self.text = encoded()
         self.published: list[float] = []
+        self.pub: Publisher | None = None
+
+    async def open(self) -> None:
+        """Be there for subscribers."""
+        self.pub = await publisher(NAME)
 
     def step(self) -> float:
         """One step; the loss."""
@@ -94,7 +102,8 @@ class Trainer(aiordt.AsyncActor):
     async def train(self, steps: int, every: int) -> tuple[list[float], list[float]]:
         """Train, and publish every few steps; the losses, and the seconds of each publish."""
         losses = []
-        async with await publisher(NAME) as pub:
+        assert self.pub is not None  # noqa: S101  (`open`)
+        async with self.pub as pub:
             for number in range(steps):
                 losses.append(self.step())
                 if number % every == every - 1:
@@ -152,10 +161,16 @@ class Sampler(aiordt.AsyncActor):
         self.arrived: tuple[int, dict[str, torch.Tensor]] | None = None
         self.over = False
         self.report = Report()
+        self.sub: Subscriber | None = None
+
+    async def open(self) -> None:
+        """Find the trainer."""
+        self.sub = await subscriber(NAME)
 
     async def sample(self) -> Report:
         """Write until the trainer is done."""
-        async with await subscriber(NAME) as sub:
+        assert self.sub is not None  # noqa: S101  (`open`)
+        async with self.sub as sub:
             receiving = asyncio.create_task(self._receive(sub))
             await self._write()
             receiving.cancel()
@@ -163,7 +178,7 @@ class Sampler(aiordt.AsyncActor):
                 await receiving
         return self.report
 
-    async def _receive(self, sub: Any) -> None:
+    async def _receive(self, sub: Subscriber) -> None:
         async for version, weights in sub:
             self.arrived = version, weights
         self.over = True  # the trainer has closed its publisher
@@ -217,6 +232,7 @@ async def run(options: argparse.Namespace) -> tuple[list[float], list[float], li
     trainer = Trainer.remote(*shape)
     samplers = [Sampler.remote(*shape) for _ in range(options.samplers)]
     plan = (options.steps, options.every)
+    await asyncio.gather(*(each.open.remote() for each in (trainer, *samplers)))
     if options.store:
         sampling = [sampler.sample_by_store.remote() for sampler in samplers]
         losses, published = await trainer.train_by_store.remote(*plan, samplers)
