@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import aiordt  # noqa: E402  (found through the line above)
 import aiordt.abc  # noqa: E402
 import aiordt.collective  # noqa: E402
+import aiordt.weights  # noqa: E402
 
 project = "aiordt"
 author = "The aiordt developers"
@@ -71,6 +72,7 @@ _PUBLIC = {
     **{name: f"aiordt.{name}" for name in aiordt.__all__},
     **{name: f"aiordt.abc.{name}" for name in aiordt.abc.__all__},
     "MemberGroup": "aiordt.collective.MemberGroup",
+    **{name: f"aiordt.weights.{name}" for name in aiordt.weights.__all__},
 }
 
 

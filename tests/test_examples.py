@@ -54,7 +54,11 @@ def test_quickstart(cluster: None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "printed"),
-    [("groups", "[1.0, 1.0, 1.0]"), ("collectives_on_refs", "[-1.0, -1.0, -1.0]")],
+    [
+        ("groups", "[1.0, 1.0, 1.0]"),
+        ("collectives_on_refs", "[-1.0, -1.0, -1.0]"),
+        ("weights", "all versions were whole: True"),
+    ],
 )
 def test_program_of_a_how_to(tmp_path: Path, page: str, printed: str) -> None:
     text = (EXAMPLES.parent / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")

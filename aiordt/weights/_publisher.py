@@ -43,7 +43,7 @@ class Publisher(AsyncResource):
 
     @property
     def version(self) -> int:
-        """The number of the version that was published last; 0: none."""
+        """The number of the version that was published last, or 0."""
         return self._version
 
     async def publish(self, tree: Any, *, version: int | None = None) -> int | None:  # noqa: ANN401

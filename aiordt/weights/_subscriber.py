@@ -73,7 +73,7 @@ class Subscriber(AsyncResource):
 
     @property
     def epoch(self) -> int:
-        """Which publisher of this name it reads from: it grows when that is replaced."""
+        """Which publisher of this name it reads from; it grows when that is replaced."""
         return self._record.epoch
 
     async def latest(
