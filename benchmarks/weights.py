@@ -65,7 +65,7 @@ class Settings:
         nbytes: Of the weights.
         readers: How many, one after the other.
         samples: Of each figure.
-        peers: Ray's object store and RDT.
+        peers: Ray's object store, RDT, and a broadcast.
     """
 
     nbytes: int
@@ -89,7 +89,7 @@ class Settings:
         """
         if (nbytes is not None and nbytes < _LAYER) or any(count < 1 for count in readers or ()):
             raise ValueError("weights are at least 1 MiB, and readers are positive")
-        peers = (STORE, GLOO, NIXL)
+        peers = (STORE, GLOO, NIXL, BROADCAST)
         unknown = [name for name in only or () if name not in peers]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(peers)}")
@@ -203,13 +203,13 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
             _ours(a_run, settings, series)
         except _ERRORS as exc:
             figures.unavailable["aiordt"] = reason(exc)
-        for peer in settings.peers:
+        for peer in [peer for peer in settings.peers if peer != BROADCAST]:
             a_run.say(LABELS[peer])
             try:
                 _peer(settings, peer, series)
             except (*_ERRORS, ValueError, ImportError) as exc:
                 figures.unavailable[LABELS[peer]] = reason(exc)
-        for count in settings.readers:
+        for count in settings.readers if BROADCAST in settings.peers else ():
             a_run.say(f"{RAW}, {count} readers")
             try:
                 _broadcast(settings, count, series)
