@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import torch
 
 NAME: Final = "relay"
-FETCH: Final = 0  # address, items, places there -> number, [(segment, address)]
-DONE: Final = 1  # number: the neighbour has read what it was told
+FETCH: Final = 0  # the asker's number, address, items, places there -> [(segment, address)]
+DONE: Final = 1  # number: the asker has read what it was told, or wants it no more
 WATCH: Final = 2  # key -> answered when the export is gone
 JOIN: Final = 3  # key, address, ids -> from whom to get it instead of those, and its depth
-FETCH_FAR: Final = 4  # as FETCH -> number, items, [(segment, address)]
+FETCH_FAR: Final = 4  # as FETCH -> items, [(segment, address)]
 #: The first of a host gets so much at a time, so that the next host need not wait for all.
 _STEP_NBYTES: Final = 16 * MIB
 
@@ -101,11 +101,19 @@ def steps(parts: Sequence[Part]) -> list[list[Part]]:
     return steps
 
 
-def fetch_request(kind: int, address: PeerAddress, parts: Sequence[Part]) -> TransportMessage:
+def fetch_request(
+    kind: int, number: int, address: PeerAddress, parts: Sequence[Part]
+) -> TransportMessage:
+    """Ask for parts of an export, whose owner is at ``address``."""
     items: list[Item] = [part.item for part in parts]
     places = [(part.address, part.nbytes, part.segment, part.device) for part in parts]
-    body = msgpack.packb((kind, pack_address(address), pack_items(items), places))
+    body = msgpack.packb((kind, number, pack_address(address), pack_items(items), places))
     return TransportMessage(NAME, body)
+
+
+def done_note(number: int) -> TransportMessage:
+    """What `fetch_request` asked for is needed no more."""
+    return TransportMessage(NAME, msgpack.packb((DONE, number)))
 
 
 def unpacked(body: bytes) -> list[Any]:

@@ -44,6 +44,7 @@ from aiordt._copies import (
     Entry,
     Origin,
     Pin,
+    done_note,
     fetch_request,
     meeting_name,
     pack_address,
@@ -334,11 +335,11 @@ class Relay:
         async with asyncio.timeout(seconds):
             name, link = await self._routes.find(far, Owner("", far.pid), None)
             peer = self._routes.peer(far)
-            request = fetch_request(FETCH_FAR, address, parts)
-            reply = await peer.call(request)
-            assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
-            number, items, there = unpacked(reply.body)
+            number = next(self._numbers)
             try:
+                reply = await peer.call(fetch_request(FETCH_FAR, number, address, parts))
+                assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
+                items, there = unpacked(reply.body)
                 phase("relay.far")
                 rows = zip(parts, unpack_items(items), there, strict=True)
                 copies = [
@@ -347,8 +348,7 @@ class Relay:
                 ]
                 await link.read(copies)
             finally:
-                done = TransportMessage(NAME, msgpack.packb((DONE, number)))
-                self._io.spawn(peer.note(done))
+                self._io.spawn(peer.note(done_note(number)))
         self._counters.pulled(name, len(parts), sum(part.nbytes for part in parts))
 
     def _brought(
@@ -408,7 +408,7 @@ class Relay:
             return TransportMessage(NAME, msgpack.packb((found, depth)))
         if kind not in {FETCH, FETCH_FAR} or not self._limit:
             raise ProtocolViolationError("unknown request to a neighbour")
-        packed, items, places = rest
+        number, packed, items, places = rest
         address = unpack_address(packed)
         parts = [
             Part(key, index, where, 0, nbytes, cut, segment, device)
@@ -417,17 +417,16 @@ class Relay:
             )
         ]
         entries = await self._fetch(address, parts[0].key, parts)
-        number = next(self._numbers)
         pin = self._pins[peer_id, number] = Pin(entries, [])  # RLY-1
-        there = [entry.tensor.data_ptr() for entry in entries]
-        places = [(arena.locate(where), where) for where in there]
+        addresses = [entry.tensor.data_ptr() for entry in entries]
+        there = [(arena.locate(where), where) for where in addresses]
         if kind == FETCH:
-            return TransportMessage(NAME, msgpack.packb((number, places)))
+            return TransportMessage(NAME, msgpack.packb(there))
         export = self._registry.begin([entry.tensor for entry in entries], "a copy for other hosts")
         pin.leases += [(export.key, place) for place in range(len(export.groups))]
         self._registry.commit(export, pin.leases)
         named = pack_items([(export.key, place, None) for place in range(len(entries))])
-        return TransportMessage(NAME, msgpack.packb((number, named, places)))
+        return TransportMessage(NAME, msgpack.packb((named, there)))
 
     def _let_go(self, which: tuple[bytes, int]) -> None:
         pin = self._pins.pop(which, None)
@@ -447,13 +446,13 @@ class Relay:
         owner = Owner("", first.pid)
         nbytes = sum(part.nbytes for part in parts)
         _, link = await self._routes.find(first, owner, "shm")
-        request = fetch_request(FETCH, address, parts)
+        number = next(self._numbers)
         peer = self._routes.peer(first)
-        async with asyncio.timeout(_PATIENCE_SECONDS + nbytes / _LEAST_RATE):
-            reply = await self._io.run(peer.call(request))
-        assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
-        number, there = unpacked(reply.body)
         try:
+            async with asyncio.timeout(_PATIENCE_SECONDS + nbytes / _LEAST_RATE):
+                reply = await self._io.run(peer.call(fetch_request(FETCH, number, address, parts)))
+            assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
+            there = unpacked(reply.body)
             phase("relay.reading")
             await link.read(
                 [
@@ -462,7 +461,7 @@ class Relay:
                 ]
             )
         finally:
-            done = TransportMessage(NAME, msgpack.packb((DONE, number)))
+            done = done_note(number)
             self._io.loop.call_soon_threadsafe(lambda: self._io.spawn(peer.note(done)))
         self._counters.pulled("shm", len(parts), nbytes)
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional
+from typing_extensions import override
 
 import aiordt
 from aiordt.weights import publisher, subscriber
@@ -55,6 +56,7 @@ class Writer(nn.Module):
         )
         self.out = nn.Linear(width, 128)
 
+    @override
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores of the next byte at each place; ``tokens``: (batch, length)."""
         length = tokens.shape[1]
