@@ -51,7 +51,7 @@ class Update(NamedTuple):
 
 
 class Subscriber(AsyncResource):
-    """Reads what a publisher publishes. Made by `subscriber`.
+    """Reads what a publisher publishes. Made by `subscriber`; used on one event loop.
 
     ``async for version, weights in sub`` gives each time the newest version, once there is one that
     it has not given before; it ends when the publisher or the subscriber is closed.

@@ -359,7 +359,7 @@ async def weights_to_many() -> object:
         await each.move.remote("")
         await each.close_weights.remote()
     await owner.close_weights.remote()
-    return rounds
+    return {"rounds": rounds}
 
 
 async def neighbour_ends(signum: signal.Signals) -> object:

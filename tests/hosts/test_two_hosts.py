@@ -144,7 +144,7 @@ def test_one_crossing_serves_all_of_a_host(driver: Driver) -> None:  # RLY-1
 
 def test_weights_leave_their_host_twice(driver: Driver) -> None:  # FAN-2
     """Readers on four hosts (all on one, not knowing each other): the network device counts."""
-    for version, each in enumerate(driver.run("weights_to_many"), 1):
+    for version, each in enumerate(driver.run("weights_to_many")["rounds"], 1):
         assert [found["version"] for found in each["found"]] == [version] * 4
         assert all(found["equal"] for found in each["found"])
         assert all(sum(found["moved"].values()) == 48 * MIB for found in each["found"])
