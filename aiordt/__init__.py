@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aiordt import weights
 from aiordt._actor import AsyncActor, method
 from aiordt._arena import empty, empty_like, zeros
 from aiordt._config import Config, configure
@@ -88,5 +89,6 @@ __all__ = [
     "stats",
     "wait",
     "wait_tensor_freed",
+    "weights",
     "zeros",
 ]

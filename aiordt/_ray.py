@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 _KV_NAMESPACE: Final = b"aiordt"
 _KV_SECRET: Final = b"secret/1"
 _KV_ACTOR: Final = b"actor/1/"
+_KV_NAME: Final = b"name/1/"
 #: Markers made ahead: one takes about 0.4 ms, and a result needs one or more.
 _POOL_SIZE: Final = 32
 
@@ -241,6 +242,47 @@ def is_dead(actor_id: str) -> bool:
     """Whether Ray knows that an actor is gone for good. Blocks for a round trip to the GCS."""
     actor = ray_state.actors(actor_id)
     return bool(actor) and actor["State"] == "DEAD"
+
+
+# --- names ---------------------------------------------------------------------------------
+
+
+def namespace() -> str:
+    """Within which names of actors, and of what else is found by name, are unique."""
+    return str(ray.get_runtime_context().namespace)
+
+
+def name_keys(session: Session, prefix: bytes) -> list[bytes]:
+    """The keys of what is found by name that begin so. Blocks for a round trip."""
+    client: Any = session.client
+    keys = client.internal_kv_keys(_KV_NAME + prefix, _KV_NAMESPACE)
+    return [bytes(key).removeprefix(_KV_NAME) for key in keys]
+
+
+def add_name(session: Session, key: bytes, record: bytes) -> bool:
+    """Put a record where there is none; whether there was none. Blocks for two round trips."""
+    client: Any = session.client
+    client.internal_kv_put(_KV_NAME + key, record, False, _KV_NAMESPACE)  # noqa: FBT003
+    return bool(client.internal_kv_get(_KV_NAME + key, _KV_NAMESPACE) == record)
+
+
+def set_name(session: Session, key: bytes, record: bytes) -> None:
+    """Put a record, whatever there was. Blocks for a round trip."""
+    client: Any = session.client
+    client.internal_kv_put(_KV_NAME + key, record, True, _KV_NAMESPACE)  # noqa: FBT003
+
+
+def find_name(session: Session, key: bytes) -> bytes | None:
+    """A record. Blocks for a round trip."""
+    client: Any = session.client
+    found = client.internal_kv_get(_KV_NAME + key, _KV_NAMESPACE)
+    return None if found is None else bytes(found)
+
+
+def drop_name(session: Session, key: bytes) -> None:
+    """Remove a record. Blocks for a round trip."""
+    client: Any = session.client
+    client.internal_kv_del(_KV_NAME + key, False, _KV_NAMESPACE)  # noqa: FBT003
 
 
 # --- workers -------------------------------------------------------------------------------

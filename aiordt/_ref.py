@@ -369,6 +369,22 @@ def header_of(address: PeerAddress, owner: Owner, key: bytes) -> Header:
     return Header(_ray.session_or_none(), origin, address, owner, key, None)
 
 
+class _Held:
+    """In the place of a lease: who uses the ref knows otherwise that its tensor is held."""
+
+    item: Item | None = None
+
+
+_HELD: Final = _Held()
+
+
+def held_ref(header: Header, index: int, packed: bytes, meta: TensorMeta) -> TensorRef:
+    """A ref that is not to leave this process: whoever uses it holds its tensor by other means."""
+    ref = TensorRef(header, index, packed, _HELD)  # type: ignore[arg-type]
+    ref._meta = meta  # noqa: SLF001
+    return ref
+
+
 def make_header(key: bytes, transport: str | None, *, pending: bool = False) -> Header:
     """The header of a result that this process exports."""
     runtime = current()

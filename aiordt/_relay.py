@@ -9,6 +9,9 @@ A copy holds no lease. It goes when the owner says that the export is gone, when
 is lost, when room is needed, or with its process; whoever comes then is the next first.
 Whatever goes wrong on the way, a pull ends up going straight to the owner.
 
+The first of a host need not get it from the owner either: the owner tells it which other host's
+first to ask (`aiordt._fanout`). That one exports what it has, for as long as it is read there.
+
 Invariants:
     RLY-1  A copy's memory is not given away while a neighbour reads it.
     RLY-2  A pull through a neighbour ends: its death, silence or failure only makes it go
@@ -24,14 +27,31 @@ import errno
 import itertools
 import logging
 import socket
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import msgpack
 import torch
 
 from aiordt._arena import arena
+from aiordt._copies import (
+    DONE,
+    FETCH,
+    FETCH_FAR,
+    JOIN,
+    NAME,
+    WATCH,
+    Copy,
+    Entry,
+    Origin,
+    Pin,
+    done_note,
+    fetch_request,
+    meeting_name,
+    pack_address,
+    steps,
+    unpack_address,
+    unpacked,
+)
 from aiordt._errors import (
     AiordtError,
     OutOfMemoryError,
@@ -40,10 +60,11 @@ from aiordt._errors import (
     ProtocolViolationError,
     UnavailableError,
 )
+from aiordt._fanout import Fanout
 from aiordt._metrics import phase
 from aiordt._progress import finish, run_all
 from aiordt._types import MIB, Owner
-from aiordt._wire import Item, pack_items, unpack_items
+from aiordt._wire import pack_items, unpack_items
 from aiordt.abc import Part, PeerAddress, TransportMessage
 from aiordt.transports._job import Job, copy_piece, pieces
 
@@ -52,56 +73,19 @@ if TYPE_CHECKING:
 
     from aiordt._metrics import Counters
     from aiordt._progress import IoThread, Workers
+    from aiordt._registry import Registry
     from aiordt._route import Routes
     from aiordt._wire import Message
     from aiordt.abc import Link
 
 _log = logging.getLogger(__name__)
 
-NAME: Final = "relay"
 #: Less than this of one export is not worth asking around for.
 MIN_NBYTES: Final = 1 * MIB
 #: A neighbour that is silent for so long, and as long as this rate takes, is given up.
 _PATIENCE_SECONDS: Final = 2.0
 _LEAST_RATE: Final = 50 * MIB
 _ATTEMPTS: Final = 3
-
-_FETCH: Final = 0  # address, items, places there -> number, [(segment, address)]
-_DONE: Final = 1  # number: the neighbour has read what it was told
-_WATCH: Final = 2  # key -> answered when the export is gone
-
-_What: TypeAlias = tuple[int, Any]  # index and cut
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A part that was brought here, or is on its way."""
-
-    tensor: torch.Tensor
-    task: asyncio.Task[None]
-    pins: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Copy:
-    """What this process keeps of one export."""
-
-    listener: socket.socket
-    entries: dict[_What, _Entry] = field(default_factory=dict)
-    watch: asyncio.Task[None] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.tensor.nbytes for entry in self.entries.values())
-
-    @property
-    def pinned(self) -> bool:
-        return any(entry.pins or not entry.task.done() for entry in self.entries.values())
-
-
-def _name(key: bytes) -> bytes:
-    """Where a host's processes meet for an export; the name does not give the key away."""
-    return b"\0aiordt-relay-" + blake2b(key, digest_size=16).hexdigest().encode()
 
 
 class Relay:
@@ -110,6 +94,7 @@ class Relay:
     Args:
         address: This process's.
         io: The io thread.
+        registry: What this process exports.
         routes: The ways to others.
         counters: Where what crossed is counted.
         workers: Threads that copy.
@@ -121,6 +106,7 @@ class Relay:
         address: PeerAddress,
         io: IoThread,
         *,
+        registry: Registry,
         routes: Routes,
         counters: Counters,
         workers: Workers,
@@ -128,13 +114,15 @@ class Relay:
     ) -> None:
         self._address = address
         self._io = io
+        self._registry = registry
         self._routes = routes
         self._counters = counters
         self._workers = workers
         self._limit = limit
-        self._copies: dict[bytes, _Copy] = {}  # least recently used first
-        self._pins: dict[tuple[bytes, int], list[_Entry]] = {}
+        self._copies: dict[bytes, Copy] = {}  # least recently used first
+        self._pins: dict[tuple[bytes, int], Pin] = {}
         self._numbers = itertools.count(1)
+        self.fanout = Fanout(registry)
 
     @property
     def nbytes(self) -> int:
@@ -205,18 +193,18 @@ class Relay:
         sock.settimeout(0)
         try:
             try:
-                sock.bind(_name(key))
+                sock.bind(meeting_name(key))
             except OSError as exc:
                 if exc.errno != errno.EADDRINUSE:
                     raise
             else:
                 sock.listen(128)
-                self._copies[key] = _Copy(sock)
+                self._copies[key] = Copy(sock)
                 loop.add_reader(sock, self._asked, sock)
                 return None
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 try:
-                    await loop.sock_connect(sock, _name(key))
+                    await loop.sock_connect(sock, meeting_name(key))
                     data = await loop.sock_recv(sock, 1024)
                 except (ConnectionError, BlockingIOError) as exc:  # it has just gone
                     raise UnavailableError(str(exc), reason=str(exc), transport=NAME) from exc
@@ -226,14 +214,14 @@ class Relay:
         sock.close()
         if not data:
             raise UnavailableError("it has just gone", reason="it has just gone", transport=NAME)
-        return _unpack_address(data)
+        return unpack_address(data)
 
     def _asked(self, listener: socket.socket) -> None:
         """A neighbour wants to know who keeps an export."""
         with contextlib.suppress(OSError):
             sock, _ = listener.accept()
             with sock:
-                sock.send(_pack_address(self._address), socket.MSG_DONTWAIT)
+                sock.send(pack_address(self._address), socket.MSG_DONTWAIT)
 
     async def _read_own(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
         entries = await self._io.run(self._fetch(address, key, parts))
@@ -247,7 +235,7 @@ class Relay:
         finally:
             self._io.loop.call_soon_threadsafe(self._unpin, entries)
 
-    async def _fetch(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> list[_Entry]:
+    async def _fetch(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> list[Entry]:
         """Bring parts here, each once for all who ask.
 
         Returns:
@@ -278,7 +266,7 @@ class Relay:
             raise
         return entries
 
-    def _bring(self, copy: _Copy, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
+    def _bring(self, copy: Copy, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
         nbytes = sum(part.nbytes for part in parts)
         for other, kept in list(self._copies.items()):  # least recently used first
             if self.nbytes + nbytes <= self._limit:
@@ -292,19 +280,79 @@ class Relay:
             dataclasses.replace(part, target=tensor.data_ptr(), tensor=tensor)
             for part, tensor in zip(parts, tensors, strict=True)
         ]
-        task = self._io.loop.create_task(self._read_owner(address, wanted))
-        for part, tensor in zip(parts, tensors, strict=True):
-            copy.entries[part.index, part.cut] = _Entry(tensor, task)
-        task.add_done_callback(lambda task: self._brought(task, copy, address, key))
+        before: asyncio.Task[None] | None = None
+        for step in steps(wanted):
+            before = self._io.loop.create_task(self._get(before, copy, address, step))
+            before.add_done_callback(lambda task: self._brought(task, copy, address, key))
+            for part in step:
+                assert part.tensor is not None  # noqa: S101  (see above)
+                copy.entries[part.index, part.cut] = Entry(part.tensor, before)
 
-    async def _read_owner(self, address: PeerAddress, parts: list[Part]) -> None:
+    async def _get(
+        self,
+        before: asyncio.Task[None] | None,
+        copy: Copy,
+        address: PeerAddress,
+        parts: list[Part],
+    ) -> None:
+        """Get parts from the owner of an export, or from another host; ``before``: first that."""
+        if before is not None:
+            await asyncio.wait({before})
         phase("relay.fetching")
+        for _ in range(_ATTEMPTS):
+            source = await self._source(copy, address, parts[0].key)
+            if source.address is None:
+                break
+            try:
+                await self._read_far(source, copy, address, parts)
+            except (AiordtError, OSError, TimeoutError) as exc:
+                _log.debug("another host fails, %s: %s", source.address, exc)
+                copy.failed.append(source.address.runtime_id)
+                if copy.source is source:
+                    copy.source = None
+            else:
+                return
         name, link = await self._routes.find(address, Owner("", address.pid), None)
         await link.read(parts)
         self._counters.pulled(name, len(parts), sum(part.nbytes for part in parts))
 
+    async def _source(self, copy: Copy, address: PeerAddress, key: bytes) -> Origin:
+        if copy.source is None:
+            body = msgpack.packb((JOIN, key, pack_address(self._address), copy.failed))
+            reply = await self._routes.peer(address).call(TransportMessage(NAME, body))
+            assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
+            packed, depth = unpacked(reply.body)
+            copy.source = Origin(unpack_address(packed) if packed else None, depth)
+        return copy.source
+
+    async def _read_far(
+        self, source: Origin, copy: Copy, address: PeerAddress, parts: list[Part]
+    ) -> None:
+        """Read parts from another host's first."""
+        far = source.address
+        assert far is not None  # noqa: S101  (the caller's case)
+        seconds = source.depth * (_PATIENCE_SECONDS + copy.nbytes / _LEAST_RATE)
+        async with asyncio.timeout(seconds):
+            name, link = await self._routes.find(far, Owner("", far.pid), None)
+            peer = self._routes.peer(far)
+            number = next(self._numbers)
+            try:
+                reply = await peer.call(fetch_request(FETCH_FAR, number, address, parts))
+                assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
+                items, there = unpacked(reply.body)
+                phase("relay.far")
+                rows = zip(parts, unpack_items(items), there, strict=True)
+                copies = [
+                    Part(key, index, at, to.target, to.nbytes, None, segment, "cpu", to.tensor)
+                    for to, (key, index, _), (segment, at) in rows
+                ]
+                await link.read(copies)
+            finally:
+                self._io.spawn(peer.note(done_note(number)))
+        self._counters.pulled(name, len(parts), sum(part.nbytes for part in parts))
+
     def _brought(
-        self, task: asyncio.Task[None], copy: _Copy, address: PeerAddress, key: bytes
+        self, task: asyncio.Task[None], copy: Copy, address: PeerAddress, key: bytes
     ) -> None:
         if task.cancelled() or task.exception() is not None:
             copy.entries = {
@@ -317,14 +365,14 @@ class Relay:
     async def _watch(self, address: PeerAddress, key: bytes) -> None:
         """Keep a copy until its export is gone, as far as anybody can tell."""
         try:
-            body = msgpack.packb((_WATCH, key))
+            body = msgpack.packb((WATCH, key))
             await self._routes.peer(address).call(TransportMessage(NAME, body))
         except (AiordtError, OSError) as exc:
             _log.debug("a copy's owner is lost: %s", exc)
         finally:
             self._drop(key)
 
-    def _drop_if_empty(self, key: bytes, copy: _Copy) -> None:
+    def _drop_if_empty(self, key: bytes, copy: Copy) -> None:
         if not copy.entries and self._copies.get(key) is copy:
             self._drop(key)
 
@@ -338,7 +386,7 @@ class Relay:
             copy.watch.cancel()
 
     @staticmethod
-    def _unpin(entries: Sequence[_Entry]) -> None:
+    def _unpin(entries: Sequence[Entry]) -> None:
         for entry in entries:
             entry.pins -= 1
 
@@ -346,15 +394,22 @@ class Relay:
 
     async def serve(self, message: TransportMessage, peer_id: bytes) -> Message:
         """Answer a neighbour."""
-        kind, *rest = _unpacked(message.body)
-        if kind == _DONE:
-            entries = self._pins.pop((peer_id, rest[0]), [])
-            self._unpin(entries)
+        kind, *rest = unpacked(message.body)
+        if kind == DONE:
+            self._let_go((peer_id, rest[0]))
             return TransportMessage(NAME, b"")
-        if kind != _FETCH or not self._limit:
+        if kind == WATCH:
+            await self.fanout.watch(rest[0], peer_id)
+            return TransportMessage(NAME, b"")
+        if kind == JOIN:
+            key, packed, failed = rest
+            parent, depth = self.fanout.join(key, unpack_address(packed), failed)
+            found = b"" if parent is None else pack_address(parent)
+            return TransportMessage(NAME, msgpack.packb((found, depth)))
+        if kind not in {FETCH, FETCH_FAR} or not self._limit:
             raise ProtocolViolationError("unknown request to a neighbour")
-        packed, items, places = rest
-        address = _unpack_address(packed)
+        number, packed, items, places = rest
+        address = unpack_address(packed)
         parts = [
             Part(key, index, where, 0, nbytes, cut, segment, device)
             for (key, index, cut), (where, nbytes, segment, device) in zip(
@@ -362,16 +417,28 @@ class Relay:
             )
         ]
         entries = await self._fetch(address, parts[0].key, parts)
-        number = next(self._numbers)
-        self._pins[peer_id, number] = entries  # RLY-1
-        there = [entry.tensor.data_ptr() for entry in entries]
-        body = msgpack.packb((number, [(arena.locate(where), where) for where in there]))
-        return TransportMessage(NAME, body)
+        pin = self._pins[peer_id, number] = Pin(entries, [])  # RLY-1
+        addresses = [entry.tensor.data_ptr() for entry in entries]
+        there = [(arena.locate(where), where) for where in addresses]
+        if kind == FETCH:
+            return TransportMessage(NAME, msgpack.packb(there))
+        export = self._registry.begin([entry.tensor for entry in entries], "a copy for other hosts")
+        pin.leases += [(export.key, place) for place in range(len(export.groups))]
+        self._registry.commit(export, pin.leases)
+        named = pack_items([(export.key, place, None) for place in range(len(entries))])
+        return TransportMessage(NAME, msgpack.packb((named, there)))
+
+    def _let_go(self, which: tuple[bytes, int]) -> None:
+        pin = self._pins.pop(which, None)
+        if pin is not None:
+            self._unpin(pin.entries)
+            self._registry.drop(pin.leases)
 
     def forget(self, peer_id: bytes) -> None:
         """A neighbour is gone."""
-        for peer, number in [pin for pin in self._pins if pin[0] == peer_id]:
-            self._unpin(self._pins.pop((peer, number)))
+        for which in [which for which in self._pins if which[0] == peer_id]:
+            self._let_go(which)
+        self.fanout.forget(peer_id)
 
     async def _read_neighbour(
         self, first: PeerAddress, address: PeerAddress, key: bytes, parts: Sequence[Part]
@@ -379,15 +446,13 @@ class Relay:
         owner = Owner("", first.pid)
         nbytes = sum(part.nbytes for part in parts)
         _, link = await self._routes.find(first, owner, "shm")
-        items: list[Item] = [part.item for part in parts]
-        places = [(part.address, part.nbytes, part.segment, part.device) for part in parts]
-        body = msgpack.packb((_FETCH, _pack_address(address), pack_items(items), places))
+        number = next(self._numbers)
         peer = self._routes.peer(first)
-        async with asyncio.timeout(_PATIENCE_SECONDS + nbytes / _LEAST_RATE):
-            reply = await self._io.run(peer.call(TransportMessage(NAME, body)))
-        assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
-        number, there = _unpacked(reply.body)
         try:
+            async with asyncio.timeout(_PATIENCE_SECONDS + nbytes / _LEAST_RATE):
+                reply = await self._io.run(peer.call(fetch_request(FETCH, number, address, parts)))
+            assert isinstance(reply, TransportMessage)  # noqa: S101  (else `call` raised)
+            there = unpacked(reply.body)
             phase("relay.reading")
             await link.read(
                 [
@@ -396,7 +461,7 @@ class Relay:
                 ]
             )
         finally:
-            done = TransportMessage(NAME, msgpack.packb((_DONE, number)))
+            done = done_note(number)
             self._io.loop.call_soon_threadsafe(lambda: self._io.spawn(peer.note(done)))
         self._counters.pulled("shm", len(parts), nbytes)
 
@@ -404,34 +469,4 @@ class Relay:
         """Keep nothing any more."""
         for key in list(self._copies):
             self._drop(key)
-
-
-def watched_key(message: TransportMessage) -> bytes | None:
-    """The export whose end a keeper of a copy wants to be told; ``None``: it asks else."""
-    kind, *rest = _unpacked(message.body)
-    return rest[0] if kind == _WATCH and rest and type(rest[0]) is bytes else None
-
-
-def _unpacked(body: bytes) -> list[Any]:
-    try:
-        values = msgpack.unpackb(body)
-    except (ValueError, msgpack.UnpackException) as exc:
-        raise ProtocolViolationError("not a message between neighbours") from exc
-    if type(values) is not list or not values:
-        raise ProtocolViolationError("not a message between neighbours")
-    return values
-
-
-def _pack_address(address: PeerAddress) -> bytes:
-    packed: bytes = msgpack.packb(dataclasses.astuple(address))
-    return packed
-
-
-def _unpack_address(data: bytes) -> PeerAddress:
-    values = _unpacked(data)
-    types = (str, int, bytes, int, bytes, int)
-    if len(values) < len(types) or any(
-        type(value) is not kind for value, kind in zip(values, types, strict=False)
-    ):
-        raise ProtocolViolationError("not the address of a neighbour")
-    return PeerAddress(*values[: len(types)])
+        self.fanout.close()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from aiordt import _config, _ray, _relay, _wire
+from aiordt import _config, _copies, _ray, _wire
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -139,6 +139,7 @@ class Runtime(Puller):
         self.relay = Relay(
             self.address,
             self.io,
+            registry=self.registry,
             routes=self.routes,
             counters=self.counters,
             workers=self.workers,
@@ -195,12 +196,8 @@ class Runtime(Puller):
         if isinstance(message, _wire.Ready):
             await self.registry.wait_ready(message.keys)
             return message
-        if isinstance(message, TransportMessage) and message.transport == _relay.NAME:
-            watched = _relay.watched_key(message)
-            if watched is None:
-                return await self.relay.serve(message, peer_id)
-            await self.registry.wait_gone(watched)
-            return message
+        if isinstance(message, TransportMessage) and message.transport == _copies.NAME:
+            return await self.relay.serve(message, peer_id)
         if isinstance(message, TransportMessage):
             for service in self.services:
                 if message.transport == service.name:

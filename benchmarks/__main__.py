@@ -165,5 +165,48 @@ def reshard(
     )
 
 
+@app.command()
+def weights(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: _Plot = None,
+    nbytes: Annotated[int | None, typer.Option(help="Bytes of the weights: 100 MiB.")] = None,
+    readers: Annotated[str | None, typer.Option(help="How many readers: 1,2,4.")] = None,
+    only: _Hidden = None,
+) -> None:
+    """Weights from a trainer to samplers, beside the object store, RDT and a broadcast."""
+    from benchmarks import weights as command  # noqa: PLC0415
+
+    chosen = None if readers is None else tuple(int(count) for count in _listed(readers) or ())
+    try:
+        settings = command.Settings.choose(
+            quick=quick, nbytes=nbytes, readers=chosen, only=_listed(only)
+        )
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
+@app.command()
+def fanout(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: _Plot = None,
+    nbytes: Annotated[int | None, typer.Option(help="Bytes of the tensors: 32 MiB.")] = None,
+    hosts: Annotated[str | None, typer.Option(help="How many readers: 2,4,8,16.")] = None,
+) -> None:
+    """One tensor for many hosts, as far as one machine can show it; needs root."""
+    from benchmarks import fanout as command  # noqa: PLC0415
+
+    chosen = None if hosts is None else tuple(int(count) for count in _listed(hosts) or ())
+    try:
+        settings = command.Settings.choose(quick=quick, nbytes=nbytes, hosts=chosen)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 from aiordt.transports import probe
-from benchmarks import _mpi_ranks, channels, collectives, flow, reshard, slices, statedict, view
+from benchmarks import (
+    _mpi_ranks,
+    channels,
+    collectives,
+    fanout,
+    flow,
+    reshard,
+    slices,
+    statedict,
+    view,
+    weights,
+)
 from benchmarks._collective_ranks import ALLREDUCE, KINDS, RAW, RAY, expected, slowest
 from benchmarks._figures import Figures
 from benchmarks._measure import GIB, MIB
@@ -147,6 +158,16 @@ def test_a_tiny_run_of_collectives(tmp_path: Path) -> None:
     assert None not in met[:3], "8 B were measured"
 
 
+def test_a_tiny_run_of_weights(tmp_path: Path) -> None:
+    arguments = ("--nbytes", "2097152", "--readers", "1", "--only", "store")
+    figures, _ = bench(tmp_path, "weights", *arguments)
+    assert figures["unavailable"] == {}
+    names = {row["name"] for row in figures["rows"]}
+    assert names >= {weights.MEMCPY, weights.PUT, weights.OURS, weights.OURS_INTO, weights.FRESH}
+    assert {weights.publishing(0), weights.publishing(1)} <= names
+    assert all(goal["met"] is not None for goal in figures["goals"])
+
+
 @pytest.mark.parametrize("library", RAW_LIBRARIES)
 def test_raw_ends_bring_the_bytes(library: str) -> None:
     if why := missing(library):
@@ -228,6 +249,30 @@ def test_collectives_are_held_against_the_process_group_alone() -> None:
     ]
 
 
+def test_publishing_is_held_against_publishing_to_nobody() -> None:
+    settings = weights.Settings.choose(quick=True, readers=(1, 4))
+    publish, _, stall = weights.groups(settings)
+    found = figures_of(
+        (publish, weights.publishing(0), 0.010),
+        (publish, weights.publishing(1), 0.012),
+        (publish, weights.publishing(4), 0.013),
+        (stall, weights.OURS, 0.006),
+    )
+    weights.judge(found, settings)
+    assert [goal.met for goal in found.goals] == [True, False, False, None]
+
+
+def test_what_an_owner_sends_is_held_against_twice_the_tensor() -> None:
+    settings = fanout.Settings.choose(quick=True, nbytes=100 * MIB, hosts=(2, 4))
+    rows = [
+        {"count": count, "alone": alone, "seconds": 1.0, "sent": sent * 100 * MIB}
+        for count, alone, sent in ((2, False, 2.05), (4, False, 3.1), (4, True, 4.1))
+    ]
+    found = Figures("", {})
+    fanout.show(found, settings, rows)
+    assert [goal.met for goal in found.goals] == [True, False]
+
+
 def test_a_collective_takes_from_the_last_call_to_the_last_result() -> None:
     early, late = [(0.0, 5.0), (10.0, 12.0)], [(3.0, 4.0), (10.5, 14.0)]
     assert slowest([early, late]) == [2.0, 3.5]
@@ -268,6 +313,10 @@ def test_settings_of_the_other_commands() -> None:
         collectives.Settings.choose(quick=True, ranks=(1,))
     with pytest.raises(ValueError, match="multiples of 8"):
         collectives.Settings.choose(quick=True, sizes=(8, 12))
+    with pytest.raises(ValueError, match="none of"):
+        weights.Settings.choose(quick=True, only=("carrier pigeon",))
+    with pytest.raises(ValueError, match="at least"):
+        fanout.Settings.choose(quick=True, hosts=(0,))
     assert view.Settings.choose(quick=False).sizes[-1] == GIB
     assert collectives.Settings.choose(quick=False).ranks == (2, 3)
     assert statedict.Settings.choose(quick=False).counts == (1_000, 10_000)

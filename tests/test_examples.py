@@ -60,6 +60,7 @@ def test_quickstart(cluster: None, tmp_path: Path) -> None:
         ("flow", "[7864320.0, 7864320.0]"),
         ("channels", "['loss 0.0', 'loss 1.0', 'loss 2.0']"),
         ("resharding", "column 1: [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]"),
+        ("weights", "all versions were whole: True"),
     ],
 )
 def test_program_of_a_how_to(tmp_path: Path, page: str, printed: str) -> None:
@@ -118,3 +119,13 @@ def test_async_rl_quick(tmp_path: Path) -> None:
     pulled = [float(nbytes) for nbytes in re.findall(r"(\d+\.\d) MiB cma", output)]
     assert len(pulled) == 3, output  # the learner and both samplers
     assert min(pulled[1:]) >= 2.0, output  # two versions of the weights, 1 MiB each
+
+
+def test_weight_sync(tmp_path: Path) -> None:
+    """The trainer learns, and every sampler has used weights of it, the last among them."""
+    tiny = ("--steps", "30", "--every", "5", "--width", "32", "--layers", "1")
+    output = run("weight_sync.py", *tiny, cwd=tmp_path)
+    losses = re.search(r"loss (\S+) -> (\S+);", output)
+    assert losses is not None
+    assert float(losses[2]) < float(losses[1]), output
+    assert len(re.findall(r"[1-6] of 6", output)) == 2, output

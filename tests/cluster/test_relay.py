@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import aiordt
-from aiordt import _relay
+from aiordt import _copies, _relay
 from aiordt._runtime import current
 from aiordt.testing import at_phase
 from tests.support import MIB, Node, arange, clean, eventually
@@ -148,11 +150,11 @@ async def stand_in(sock: socket.socket, answer: bytes) -> None:
 async def test_a_stranger_in_the_place_of_a_neighbour(nodes: Any, neighbours: Any) -> None:
     """Any process of the host may take the name: it is neither believed nor waited for."""
     consumer = neighbours[0]
-    answers = [b"", b"garbage", b"\x96" * 40, _relay._pack_address(current().address)[:-1] + b"\0"]
+    answers = [b"", b"garbage", b"\x96" * 40, _copies.pack_address(current().address)[:-1] + b"\0"]
     for answer in answers:
         ref = await nodes[0].make.remote(keep, _NBYTES)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.bind(_relay._name(ref.header.key))
+            sock.bind(_copies.meeting_name(ref.header.key))
             sock.listen()
             sock.settimeout(0)
 
@@ -198,3 +200,68 @@ async def test_cancellation(nodes: Any, neighbours: Any) -> None:  # CAN-1, ISO-
     assert await consumer.run.remote(cancel_first_of_two, other)
     got, _ = await consumer.run.remote(received, ref)
     assert torch.equal(got, arange(_NBYTES * 4))
+
+
+# --- several hosts -------------------------------------------------------------------------
+
+
+def move_to_host(node: Any, name: str) -> None:
+    """From now on this process has no neighbours, as if its network namespace were its own."""
+    here = _copies.meeting_name
+    vars(_relay)["meeting_name"] = lambda key: here(key) + name.encode()
+
+
+def plan_of(node: Any, key: bytes) -> dict[int, int | None]:
+    """Who gets an export from whom, by pid; ``None``: from this node."""
+    fanout = current().relay.fanout
+    plan = fanout.plan(key)
+    assert plan is not None
+    pids = {member: address.pid for member, address in fanout._addresses.items()}
+    return {
+        pids[member]: None if place.parent is None else pids[place.parent]
+        for member, place in plan.places.items()
+    }
+
+
+@pytest.fixture
+async def hosts(_neighbours: list[Any], spawn: Any) -> list[Any]:
+    """Four processes on four hosts. They stay there: their tests come last."""
+    made = [*_neighbours, spawn(Node, _ELSEWHERE)]
+    await asyncio.gather(*(node.run.remote(move_to_host, f"{n}") for n, node in enumerate(made)))
+    return made
+
+
+async def test_hosts_serve_hosts(nodes: Any, hosts: Any) -> None:
+    """FAN-1, FAN-2; and what is left of them serves on when one of them dies."""
+    tree = await nodes[0].make.remote(keep_many, 400)  # 25 MiB: two steps
+    expected = {f"layer{n}": arange(64 * 1024) + n for n in range(400)}
+    found = await asyncio.gather(*(each.run.remote(received, tree) for each in hosts))
+    for got, moved in found:
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+        assert moved["tcp"] == 25 * MIB
+    key = tree["layer0"].header.key
+    plan = await nodes[0].run.remote(plan_of, key)
+    sources = list(plan.values())
+    assert (len(sources), sources.count(None)) == (4, 2)
+    relayed = [pid for pid, source in plan.items() if source is not None]
+    assert {plan[pid] for pid in relayed} <= set(plan) - set(relayed)
+
+    # The first of them dies while it serves another, which goes on by way of somebody else.
+    tree = await nodes[0].make.remote(keep_many, 400)
+    key = tree["layer0"].header.key
+    first, late = hosts[3], hosts[0]
+    others = hosts[1:3]
+    await first.run.remote(received, tree)
+    await asyncio.gather(*(each.run.remote(received, tree) for each in others[:1]))
+    reading = late.run.remote(received_beside_a_death, tree, await first.pid.remote())
+    got, moved = await asyncio.wait_for(reading, 30)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    plan = await nodes[0].run.remote(plan_of, key)
+    assert plan[await late.pid.remote()] == await others[0].pid.remote()
+
+
+async def received_beside_a_death(node: Any, tree: Any, victim: int) -> tuple[Any, dict[str, int]]:
+    with at_phase("relay.far", lambda: os.kill(victim, signal.SIGKILL)) as phases:
+        got = await received(node, tree)
+    assert phases.reached.is_set(), "it read from the one that died"
+    return got

@@ -22,11 +22,14 @@ import torch
 
 import aiordt
 import tests.worker  # noqa: F401  (coverage of this process, too)
-from aiordt import _runtime
+from aiordt import _copies, _relay, _runtime
+from aiordt.weights import publisher, subscriber
 from tests.hosts.flow_scenario import flow_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiordt.weights import Publisher, Subscriber
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -96,6 +99,8 @@ class Node(aiordt.AsyncActor):
         self._pulls: list[asyncio.Task[None]] = []
         self._outcomes: dict[int, tuple[str, str, float]] = {}
         self._decoy: subprocess.Popen[bytes] | None = None
+        self._pub: Publisher | None = None
+        self._sub: Subscriber | None = None
 
     async def pid(self) -> int:
         return os.getpid()
@@ -246,6 +251,37 @@ class Node(aiordt.AsyncActor):
             "ended": ended,
         }
 
+    # --- weights, and several hosts
+
+    async def move(self, name: str) -> None:
+        """Have neighbours that moved to the same host only; ``""``: this host's again."""
+        here = _copies.meeting_name
+        vars(_relay)["meeting_name"] = lambda key: here(key) + name.encode()
+
+    async def publish(self, version: int) -> None:
+        """Publish weights, every element of which is ``version``."""
+        if self._pub is None:
+            self._pub = await publisher("hosts")
+        tree = {f"layer{n}": torch.full((MIB // 4,), version) for n in range(48)}
+        await self._pub.publish(tree, version=version)
+
+    async def read(self, version: int) -> dict[str, Any]:
+        """Read weights of this version or a later one; by what they came."""
+        if self._sub is None:
+            self._sub = await subscriber("hosts")
+        before = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
+        found, tree = await self._sub.latest(version)
+        after = {name: entry.nbytes for name, entry in aiordt.stats().by_transport.items()}
+        moved = {name: n - before.get(name, 0) for name, n in after.items()}
+        equal = all(bool((tensor == found).all()) for tensor in tree.values())
+        return {"version": found, "equal": equal, "moved": {n: b for n, b in moved.items() if b}}
+
+    async def close_weights(self) -> None:
+        for each in (self._pub, self._sub):
+            if each is not None:
+                await each.aclose()
+        self._pub = self._sub = None
+
     # --- decoys: what has the owner's process id here, and is not the owner
 
     async def decoy(self, tree: dict[str, Any], kind: str) -> int:
@@ -330,6 +366,31 @@ async def crossing() -> object:
     del tree, strided
     await neighbours(9)  # keep nothing any more
     return {"rounds": rounds, "keeping": keeping, "small": small}
+
+
+def sent() -> int:
+    """Bytes that this host has sent over its network device."""
+    (row,) = [row for row in Path("/proc/net/dev").read_text().splitlines() if "eth0:" in row]
+    return int(row.split(":")[1].split()[8])
+
+
+async def weights_to_many() -> object:
+    """Weights from host 1 to four readers that are as on hosts of their own."""
+    owner, readers = shared("h1"), await neighbours(4)
+    for number, each in enumerate(readers):
+        await each.move.remote(f"host {number}")
+    rounds = []
+    for version in (1, 2):
+        reading = [each.read.remote(version) for each in readers]
+        before = sent()
+        await owner.publish.remote(version)
+        found = await asyncio.gather(*reading)
+        rounds.append({"found": found, "sent": sent() - before})
+    for each in readers:
+        await each.move.remote("")
+        await each.close_weights.remote()
+    await owner.close_weights.remote()
+    return {"rounds": rounds}
 
 
 async def neighbour_ends(signum: signal.Signals) -> object:
@@ -542,6 +603,7 @@ SCENARIOS = {
     function.__name__: function
     for function in (
         crossing,
+        weights_to_many,
         neighbour_killed,
         neighbour_stopped,
         shared_owner_killed,

@@ -150,6 +150,15 @@ def test_one_crossing_serves_all_of_a_host(driver: Driver) -> None:  # RLY-1
     assert moved(found["small"], "tcp") == 8 * 512 * 171 * 4, "too small to ask around for"
 
 
+def test_weights_leave_their_host_twice(driver: Driver) -> None:  # FAN-2
+    """Readers on four hosts (all on one, not knowing each other): the network device counts."""
+    for version, each in enumerate(driver.run("weights_to_many")["rounds"], 1):
+        assert [found["version"] for found in each["found"]] == [version] * 4
+        assert all(found["equal"] for found in each["found"])
+        assert all(sum(found["moved"].values()) == 48 * MIB for found in each["found"])
+        assert 1.9 * 48 * MIB < each["sent"] < 2.1 * 48 * MIB
+
+
 @pytest.mark.parametrize("end", ["killed", "stopped"])
 def test_the_end_of_a_neighbour_harms_no_pull(
     hosts: TwoHosts, driver: Driver, end: str

@@ -18,13 +18,14 @@ import aiordt
 import aiordt.abc
 import aiordt.flow
 import aiordt.testing
+import aiordt.weights
 
 ROOT = Path(aiordt.__file__).parent
 TESTS = Path(__file__).parent.parent
 INVARIANT = re.compile(r"\b[A-Z]{3,4}-\d\b")
 NAMES = [
     (module.__name__, name)
-    for module in (aiordt, aiordt.abc, aiordt.flow, aiordt.testing)
+    for module in (aiordt, aiordt.abc, aiordt.flow, aiordt.testing, aiordt.weights)
     for name in module.__all__
 ]
 FILES = sorted(ROOT.rglob("*.py"))
@@ -44,7 +45,7 @@ def test_public_names_are_documented(module: str, name: str) -> None:
 
 
 def test_all_lists_are_sorted_and_true() -> None:
-    for module in (aiordt, aiordt.abc, aiordt.flow, aiordt.testing):
+    for module in (aiordt, aiordt.abc, aiordt.flow, aiordt.testing, aiordt.weights):
         assert list(module.__all__) == sorted(module.__all__)
         assert len(set(module.__all__)) == len(module.__all__)
 
