@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiordt import weights
+from aiordt import flow, mpi, weights
 from aiordt._actor import AsyncActor, method
 from aiordt._arena import empty, empty_like, zeros
 from aiordt._config import Config, configure
@@ -79,9 +79,11 @@ __all__ = [
     "empty",
     "empty_like",
     "explain",
+    "flow",
     "gather_refs",
     "get",
     "method",
+    "mpi",
     "put",
     "reduce_refs",
     "reducescatter_refs",
