@@ -129,15 +129,17 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
     if "simulate" in settings.parts:
         lot.time_policies()
         lot.simulate()
-    plan: dict[int, list[str]] = {}
+    plan: dict[tuple[int, int], list[str]] = {}
     for part, slots in (("bytes", settings.slots), ("latency", settings.latency_slots)):
         if part in settings.parts:
-            plan.setdefault(slots, []).append(part)
-    for slots, parts in plan.items():
+            # Timed in turn, the workers of the flow must leave plain Ray as many slots. On
+            # nodes of one CPU they ask for none of it.
+            cpus = 2 * slots if part == "latency" and slots > 1 else slots
+            plan.setdefault((slots, cpus), []).append(part)
+    for (slots, cpus), parts in plan.items():
         a_run.say(f"starting {settings.nodes} raylets")
         try:
-            # Twice the CPUs, so that the workers of the flow leave plain Ray as many slots.
-            with raylets(settings.nodes, 2 * slots):
+            with raylets(settings.nodes, cpus):
                 asyncio.run(lot.measure(slots, parts))
         except _ERRORS as exc:
             a_run.figures.unavailable[f"the rest of {', '.join(parts)}"] = reason(exc)
@@ -221,24 +223,28 @@ class _Lot:
         settings = self._settings
         number = settings.nodes * slots
         reducers = min(settings.reducers, slots)
-        ways: dict[str, Any] = {
-            GROUP: FlowWay(reducers, "group", number),
-            BLIND: FlowWay(reducers, "default", number),
-            RAY: RayWay(reducers),
-        }
+
+        def way(name: str) -> Any:  # noqa: ANN401
+            if name == RAY:
+                return RayWay(reducers)
+            return FlowWay(reducers, "group" if name == GROUP else "default", number)
+
         if "bytes" in parts:
-            for maps in (number, 2 * number):
-                for name, way in ways.items():
+            for name in (RAY, GROUP, BLIND):  # plain Ray has the cluster to itself
+                one = way(name)
+                for maps in (number, 2 * number):
                     self._run.say(f"bytes that cross, {maps} maps, {name}")
                     program = settings.program(maps, settings.nbytes)
-                    _, self._crossed[name, maps] = await way.run(program, count=True)
+                    _, self._crossed[name, maps] = await one.run(program, count=True)
+                await one.aclose()
+            for maps in (number, 2 * number):
                 self._show_crossed(maps)
         if "latency" in parts:
-            await ways.pop(BLIND).aclose()
+            ways = {name: way(name) for name in (GROUP, RAY)}
             for nbytes in settings.sizes:
                 await self._time_batches(ways, nbytes, number)
-        for way in ways.values():
-            await way.aclose()
+            for one in ways.values():
+                await one.aclose()
         await release_workers()
 
     async def _time_batches(self, ways: dict[str, Any], nbytes: int, maps: int) -> None:
