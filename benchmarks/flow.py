@@ -201,9 +201,7 @@ class _Lot:
                 settings.program(40, nbytes, batches=20), reducers=4, period=_PERIOD
             )
             for name, policy, first in _simulated_ways():
-                out = Simulation(_large(10), policy, actors_first=first).run(
-                    program
-                )
+                out = Simulation(_large(10), policy, actors_first=first).run(program)
                 self._figures.add(
                     f"simulated stream, 10 nodes, {format_nbytes(nbytes)} a map",
                     name,
