@@ -64,6 +64,7 @@ class Settings:
         host_slots: Tasks that each of two hosts runs at a time.
         megabits: A second, of the link between them.
         parts: What is measured, of `PARTS`.
+        ways: Whose bytes are counted.
     """
 
     nodes: int
@@ -77,6 +78,7 @@ class Settings:
     host_slots: int = 2
     megabits: int = 200
     parts: tuple[str, ...]
+    ways: tuple[str, ...] = (RAY, GROUP, BLIND)
 
     @classmethod
     def choose(cls, *, quick: bool, parts: tuple[str, ...] | None = None) -> Settings:
@@ -98,6 +100,7 @@ class Settings:
                 batches=3,
                 simulated=(10, 100),
                 parts=parts or PARTS[:3],
+                ways=(RAY, GROUP),
             )
         return cls(
             nodes=3,
@@ -227,18 +230,20 @@ class _Lot:
                 return RayWay(reducers)
             return FlowWay(reducers, "group" if name == GROUP else "default", number)
 
+        ways: dict[str, Any] = {}
         if "bytes" in parts:
-            for name in (RAY, GROUP, BLIND):  # plain Ray has the cluster to itself
-                one = way(name)
+            for name in settings.ways:  # plain Ray comes first, and has the cluster to itself
+                one = ways[name] = way(name)
                 for maps in (number, 2 * number):
                     self._run.say(f"bytes that cross, {maps} maps, {name}")
                     program = settings.program(maps, settings.nbytes)
                     _, self._crossed[name, maps] = await one.run(program, count=True)
-                await one.aclose()
+                if "latency" not in parts:
+                    await one.aclose()
             for maps in (number, 2 * number):
                 self._show_crossed(maps)
         if "latency" in parts:
-            ways = {name: way(name) for name in (GROUP, RAY)}
+            ways = {name: ways.get(name) or way(name) for name in (GROUP, RAY)}
             for nbytes in settings.sizes:
                 await self._time_batches(ways, nbytes, number)
             for one in ways.values():
@@ -334,7 +339,7 @@ class _Lot:
         program = settings.program(maps, settings.nbytes)
         best = optimum(settings.nodes, settings.slots, program)
         simulated = self._small_case(maps)
-        for name in (GROUP, BLIND, RAY):
+        for name in settings.ways:
             crossed = self._crossed[name, maps]
             words = f"{crossed / MIB:.1f} MiB crossed, {crossed / max(best, 1):.2f} x the optimum"
             if name in simulated:
