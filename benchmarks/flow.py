@@ -64,6 +64,7 @@ class Settings:
         host_slots: Tasks that each of two hosts runs at a time.
         megabits: A second, of the link between them.
         parts: What is measured, of `PARTS`.
+        ways: Whose bytes are counted.
     """
 
     nodes: int
@@ -77,6 +78,7 @@ class Settings:
     host_slots: int = 2
     megabits: int = 200
     parts: tuple[str, ...]
+    ways: tuple[str, ...] = (RAY, GROUP, BLIND)
 
     @classmethod
     def choose(cls, *, quick: bool, parts: tuple[str, ...] | None = None) -> Settings:
@@ -98,6 +100,7 @@ class Settings:
                 batches=3,
                 simulated=(10, 100),
                 parts=parts or PARTS[:3],
+                ways=(RAY, GROUP),
             )
         return cls(
             nodes=3,
@@ -129,15 +132,17 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
     if "simulate" in settings.parts:
         lot.time_policies()
         lot.simulate()
-    plan: dict[int, list[str]] = {}
+    plan: dict[tuple[int, int], list[str]] = {}
     for part, slots in (("bytes", settings.slots), ("latency", settings.latency_slots)):
         if part in settings.parts:
-            plan.setdefault(slots, []).append(part)
-    for slots, parts in plan.items():
+            # Timed in turn, the workers of the flow must leave plain Ray as many slots. On
+            # nodes of one CPU they ask for none of it.
+            cpus = 2 * slots if part == "latency" and slots > 1 else slots
+            plan.setdefault((slots, cpus), []).append(part)
+    for (slots, cpus), parts in plan.items():
         a_run.say(f"starting {settings.nodes} raylets")
         try:
-            # Twice the CPUs, so that the workers of the flow leave plain Ray as many slots.
-            with raylets(settings.nodes, 2 * slots):
+            with raylets(settings.nodes, cpus):
                 asyncio.run(lot.measure(slots, parts))
         except _ERRORS as exc:
             a_run.figures.unavailable[f"the rest of {', '.join(parts)}"] = reason(exc)
@@ -219,24 +224,30 @@ class _Lot:
         settings = self._settings
         number = settings.nodes * slots
         reducers = min(settings.reducers, slots)
-        ways: dict[str, Any] = {
-            GROUP: FlowWay(reducers, "group", number),
-            BLIND: FlowWay(reducers, "default", number),
-            RAY: RayWay(reducers),
-        }
+
+        def way(name: str) -> Any:  # noqa: ANN401
+            if name == RAY:
+                return RayWay(reducers)
+            return FlowWay(reducers, "group" if name == GROUP else "default", number)
+
+        ways: dict[str, Any] = {}
         if "bytes" in parts:
-            for maps in (number, 2 * number):
-                for name, way in ways.items():
+            for name in settings.ways:  # plain Ray comes first, and has the cluster to itself
+                one = ways[name] = way(name)
+                for maps in (number, 2 * number):
                     self._run.say(f"bytes that cross, {maps} maps, {name}")
                     program = settings.program(maps, settings.nbytes)
-                    _, self._crossed[name, maps] = await way.run(program, count=True)
+                    _, self._crossed[name, maps] = await one.run(program, count=True)
+                if "latency" not in parts:
+                    await one.aclose()
+            for maps in (number, 2 * number):
                 self._show_crossed(maps)
         if "latency" in parts:
-            await ways.pop(BLIND).aclose()
+            ways = {name: ways.get(name) or way(name) for name in (GROUP, RAY)}
             for nbytes in settings.sizes:
                 await self._time_batches(ways, nbytes, number)
-        for way in ways.values():
-            await way.aclose()
+            for one in ways.values():
+                await one.aclose()
         await release_workers()
 
     async def _time_batches(self, ways: dict[str, Any], nbytes: int, maps: int) -> None:
@@ -328,7 +339,7 @@ class _Lot:
         program = settings.program(maps, settings.nbytes)
         best = optimum(settings.nodes, settings.slots, program)
         simulated = self._small_case(maps)
-        for name in (GROUP, BLIND, RAY):
+        for name in settings.ways:
             crossed = self._crossed[name, maps]
             words = f"{crossed / MIB:.1f} MiB crossed, {crossed / max(best, 1):.2f} x the optimum"
             if name in simulated:

@@ -81,6 +81,7 @@ def test_workers_are_dealt_out_to_nodes() -> None:
     assert _shared_out({"A": 4, "B": 2, "head": 0}, None) == {"A": 4, "B": 2}
     assert _shared_out({"A": 4, "B": 2, "head": 0}, 3) == {"A": 2, "B": 1}
     assert _shared_out({"A": 1, "B": 3}, 4) == {"A": 1, "B": 3}
+    assert _shared_out({"A": 1, "B": 3, "C": 1}, 4) == {"A": 1, "B": 2, "C": 1}
     assert _shared_out({"A": 2, "B": 2}, 1) == {"A": 1}
     assert _shared_out({}, None) == {}
 

@@ -73,6 +73,12 @@ def test_actors_go_to_few_nodes(
     assert placed(Cluster(slots), count, near=near, actors=True) == expected
 
 
+def test_a_group_that_comes_in_parts_goes_on_where_it_is() -> None:
+    cluster = Cluster(THREE)
+    assert placed(cluster, 5, near={"A": 1}) == "AAAAB"
+    assert placed(cluster, 4, near={"A": 1}) == "BBBC"
+
+
 def test_single_dependencies_stay_where_their_data_is() -> None:
     cluster = Cluster(THREE)
     data = [{"C": 5}, {"A": 1, "B": 2}, {}, {"B": 1}, {"gone": 7}]
