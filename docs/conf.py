@@ -65,10 +65,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(bool|bytes|dict|float|int|list|memoryview|object|str|tuple|type|None)"),
     # The same, as they stand in annotations that are not evaluated.
     ("py:class", r"(Any|Callable|ClassVar|Iterable|AsyncIterator|Mapping|Self|Sequence)"),
-    (
-        "py:class",
-        r"(AbstractAsyncContextManager|Item|Layout|ObjectRef|TracebackType|np\.\w+|tuple\[str)",
-    ),
+    ("py:class", r"(AbstractAsyncContextManager|Item|ObjectRef|TracebackType|np\.\w+|tuple\[str)"),
+    ("py:class", r"Layout"),  # described where it is taken
     ("py:class", r"(aiordt\._\w+\.)?(_[A-Z]|Message)"),  # type variables; the wire's messages
 ]
 

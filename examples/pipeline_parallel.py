@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
-    ray.init(num_cpus=NUM_STAGES, include_dashboard=False, logging_level="ERROR")
+    ray.init("local", num_cpus=NUM_STAGES, include_dashboard=False, logging_level="ERROR")
     began = time.monotonic()
     losses = asyncio.run(train(options.steps))
     took = time.monotonic() - began

@@ -6,7 +6,8 @@ away, and where copies are asked for, an item is read into memory of this proces
 
 Invariants:
     RCV-1  An item that was cancelled while it was waited for is the next one that comes.
-    RCV-2  What arrived before the end, or before the sender's death, is given out first.
+    RCV-2  What arrived before the end is given out first; what arrived before the sender's
+           death, too, as far as its bytes are here or its memory was looked at before.
     RCV-3  Memory that is held is not written to for as long as a tensor on it exists.
 """
 
@@ -21,7 +22,10 @@ from typing_extensions import override
 from aiordt._errors import (
     AiordtError,
     ClosedError,
+    OwnerDiedError,
+    PeerLostError,
     ProtocolViolationError,
+    TransferError,
 )
 from aiordt._layout import Cut
 from aiordt._memory import lend, view_memory
@@ -200,7 +204,10 @@ class Receiving(End):
         if place is not None and self._opened is not None:
             waiting.buffer = self._buffers.get(place.number)
             if waiting.buffer is None:
-                waiting.buffer = await self._opened(place)
+                try:
+                    waiting.buffer = await self._opened(place)
+                except AiordtError as exc:
+                    raise await self._failed(exc) from exc
                 self._keep(place.number, waiting.buffer)
         if self._opened is not None or waiting.here:
             return
@@ -211,8 +218,16 @@ class Receiving(End):
         try:
             waiting.task.result()
         except AiordtError as exc:
-            self._finish(exc)
-            raise
+            raise await self._failed(exc) from exc
+
+    async def _failed(self, exc: AiordtError) -> AiordtError:
+        """The sender's memory cannot be seen or read: it is over."""
+        error = exc
+        if isinstance(exc, OwnerDiedError | PeerLostError | TransferError):
+            error = await self.verdict(self._peer, self._label, "sender", str(exc))
+        self.check()
+        self._finish(error)
+        return error
 
     def _keep(self, number: int, buffer: torch.Tensor) -> None:
         """Remember a buffer, and forget those that have been replaced by it."""
