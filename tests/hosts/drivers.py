@@ -262,7 +262,7 @@ class Node(aiordt.AsyncActor):
         """Publish weights, every element of which is ``version``."""
         if self._pub is None:
             self._pub = await publisher("hosts")
-        tree = {f"layer{n}": torch.full((MIB // 4,), version) for n in range(48)}
+        tree = {f"layer{n}": torch.full((MIB // 4,), version, dtype=torch.int32) for n in range(48)}
         await self._pub.publish(tree, version=version)
 
     async def read(self, version: int) -> dict[str, Any]:
