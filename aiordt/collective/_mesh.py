@@ -298,22 +298,25 @@ class Mesh:
         if self._borrowed_at is None or self._ended or time.monotonic() > self._spins_until:
             self._spinning = False
             return
-        self._read_here()
-        yield_core()
+        if not self._read_here():  # else those who wait come next
+            yield_core()
         assert self._loop is not None  # noqa: S101  (for the type checker)
         self._loop.call_soon(self._spin)
 
-    def _read_here(self) -> None:
+    def _read_here(self) -> bool:
+        """Act on what has arrived; whether anything had."""
         if not self._reading.acquire(blocking=False):
-            return  # the thread does, at this moment
+            return False  # the thread does, at this moment
+        some = False
         try:
             if not self._ended:
-                self._read_all()
+                some = self._read_all()
         except Exception:  # noqa: BLE001  (the group ends, and says so)
             self._failed()
         finally:
             self._reading.release()
         self._listener.due_here()
+        return some
 
     def _failed(self) -> None:
         _log.exception("reading the messages of a group failed")
@@ -381,9 +384,10 @@ class Mesh:
             if since is not None and time.monotonic() - since > _LOOK_SECONDS:
                 self._take_back()
 
-    def _read_all(self) -> None:
-        """Act on what has arrived."""
-        for number, events in self._poll.poll(0):
+    def _read_all(self) -> bool:
+        """Act on what has arrived; whether anything had."""
+        found = self._poll.poll(0)
+        for number, events in found:
             line = self._files.get(number)
             if line is None:
                 continue
@@ -391,6 +395,7 @@ class Mesh:
                 self._flush(line)
             if events & ~select.EPOLLOUT:
                 self._read(line)
+        return bool(found)
 
     def _want_room(self, line: _Line) -> None:
         with line.lock:

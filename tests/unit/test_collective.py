@@ -342,10 +342,10 @@ async def test_a_loop_looks_without_sleeping_only_for_a_moment() -> None:  # MSH
             await asyncio.gather(*[allreduced(each, torch.ones(2)) for each in made])
         looks = 0
 
-        def counted() -> None:
+        def counted() -> bool:
             nonlocal looks
             looks += 1
-            read()
+            return read()
 
         read = mesh._read_here
         mesh._read_here = counted  # type: ignore[method-assign]
