@@ -73,7 +73,7 @@ class _Numbers:
         api, calls = library.api, library.calls
         with self._lock:
             while True:
-                with calls.by(unfit):
+                with calls:
                     port = str(api.Open_port())
                 found = re.match(r"tag#(\d+)\$", port)
                 if found is None:
@@ -83,7 +83,7 @@ class _Numbers:
                     break
                 unfit.append(port)
             self._used.add(number)
-        with calls.by(unfit):
+        with calls:
             for each in unfit:
                 api.Close_port(each)
         return port, number
@@ -242,7 +242,7 @@ class Joining:
     def _of_world(self) -> Lines:
         """Out of a world that ``mpiexec`` started."""
         world = self._api.COMM_WORLD
-        with self._library.calls.by(self._engine):
+        with self._library.calls:
             whole = world.Get_group()
             chosen = whole.Incl([rank for _, rank in self._places])
             try:
@@ -254,7 +254,7 @@ class Joining:
             comms = [comm, comm.Dup()]
 
         def let_go() -> None:
-            with self._library.calls.by(comms):
+            with self._library.calls:
                 for each in comms:
                     each.Free()
 
@@ -305,7 +305,7 @@ class Joining:
         accepting = self._places[engine.rank] < self._places[other]
         port, number = (self._offer if accepting else self._choose)(key, other)
         self._meet(key, other)
-        with calls.by(engine):
+        with calls:
             alone = api.COMM_SELF
             info = api.Info.Create({"timeout": str(_CONNECT_SECONDS)})
             try:
@@ -335,7 +335,7 @@ class Joining:
             unfit.append((port, number))
             attempt += 1
         for each, its in unfit:
-            with self._library.calls.by(self._engine):
+            with self._library.calls:
                 self._api.Close_port(each)
             _numbers.give_back(its)
         return port, number

@@ -146,7 +146,7 @@ class MpiMover(TurnMover):
         with self._lock:
             self._engine.check()
             lane = self._lines.lanes[which]
-            with self._mpi.calls.by(pending):
+            with self._mpi.calls:
                 try:
                     for rank, tensor in receives:
                         comm, place, first = lane[rank]
@@ -272,7 +272,7 @@ class MpiMover(TurnMover):
                 # The lane where collectives leave these tags alone.
                 comm, place, first = self._lines.lanes[1][other]
                 call = comm.Isend if sending else comm.Irecv
-                with self._mpi.calls.by(make):
+                with self._mpi.calls:
                     return call(self._memory(memory), place, first + _COLLECTIVE + tag)
 
         def ended(error: Exception | None) -> None:

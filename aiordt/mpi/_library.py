@@ -41,41 +41,6 @@ def unavailable(reason: str) -> UnavailableError:
     return UnavailableError(f"mpi: {reason}", reason=reason, transport="mpi")
 
 
-class Calls:
-    """Who may call MPI: one thread at a time.
-
-    MPICH 5.0 lets the others wait anyhow while one waits to be connected, and its own locks cost
-    as much. That it crashes otherwise, though it grants ``MPI_THREAD_MULTIPLE``, was suspected
-    and is not proven.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._guard = threading.Lock()
-        self._holder: object = None
-
-    @contextmanager
-    def by(self, holder: object) -> Generator[None]:
-        """While ``holder`` calls."""
-        self._lock.acquire()
-        self._holder = holder
-        try:
-            yield
-        finally:
-            self.abandon(holder)
-
-    def close(self) -> None:
-        """Let nobody call any more."""
-        self._lock.acquire()
-
-    def abandon(self, holder: object) -> None:
-        """Let others call, though a call of ``holder`` may never end."""
-        with self._guard:
-            if self._holder is holder:
-                self._holder = None
-                self._lock.release()
-
-
 @dataclass(slots=True)
 class Library:
     """MPI, initialised.
@@ -86,7 +51,9 @@ class Library:
         world: The world of this process; no other has that name.
         rank: Of this process in it.
         alone: Whether it is a world of one rank, made here.
-        calls: Who may call it.
+        calls: Held by who calls it. MPICH 5.0 lets the others wait anyhow while one waits to be
+            connected, and its own locks cost as much. That it crashes otherwise, though it grants
+            ``MPI_THREAD_MULTIPLE``, was suspected and is not proven.
     """
 
     api: Any
@@ -94,7 +61,7 @@ class Library:
     world: str
     rank: int
     alone: bool
-    calls: Calls = field(default_factory=Calls)
+    calls: threading.Lock = field(default_factory=threading.Lock)
     _met: set[str] = field(default_factory=set)
 
     def meet(self, worlds: set[str]) -> None:
@@ -190,7 +157,7 @@ def _start() -> Library:
     if api.COMM_WORLD.Get_rank() != int(rank):
         raise unavailable(f"{WORLD}={place}, but this is rank {api.COMM_WORLD.Get_rank()}")
     made = Library(api, version, world, int(rank), alone=False)
-    link.before_finalise(made.calls.close)
+    link.before_finalise(made.calls.acquire)  # nobody calls any more
     return made
 
 

@@ -72,7 +72,7 @@ class Link:
         self._mpi: Any = None
         self._initialised = False
         self._pmi: str | None = None
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
         self._thread = threading.Thread(target=self._run, name="aiordt-mpi-link", daemon=True)
 
     def start(self) -> None:
@@ -106,7 +106,7 @@ class Link:
         """Whether the world has."""
         return self._ended.is_set()
 
-    def before_finalise(self, callback: Callable[[], None]) -> None:
+    def before_finalise(self, callback: Callable[[], object]) -> None:
         """Call ``callback`` on the link's thread before MPI is finalised."""
         self._callbacks.append(callback)
 

@@ -229,7 +229,7 @@ class Progress:
         null = self._api.REQUEST_NULL
         for work in {id(work): work for work in self._works if work.owner is owner}.values():
             for request in work.receives:
-                with self._calls.by(self), suppress(self._api.Exception):
+                with self._calls, suppress(self._api.Exception):
                     if request != null:
                         request.Cancel()
 
@@ -237,7 +237,7 @@ class Progress:
         """Let go of the memory of requests that were given up, and have ended since."""
         for place in reversed(range(len(self._parked))):
             try:
-                with self._calls.by(self):
+                with self._calls:
                     ended = self._parked[place].Test()
             except self._api.Exception:
                 ended = True
@@ -265,7 +265,7 @@ class Progress:
         """Look at all requests; whether one has ended."""
         error: Exception | None = None
         try:
-            with self._calls.by(self):
+            with self._calls:
                 ended = self._api.Request.Testsome(self._requests)
         except self._api.Exception as exc:
             null = self._api.REQUEST_NULL

@@ -13,7 +13,6 @@ import pytest
 from aiordt._errors import UnavailableError
 from aiordt.collective._joining import _MAX_NUMBERS, _free, in_turn
 from aiordt.mpi._alone import _serve
-from aiordt.mpi._library import Calls
 
 # In a process of its own: MPI is initialised once in one.
 PROGRAM = """
@@ -58,6 +57,14 @@ while len(here) < 2 and time.monotonic() < deadline:
     time.sleep(0.001)
 assert len(here) == 2 and here[1] != driver
 
+# While somebody is in a call of MPI, nobody else is.
+got, sent = comm.Irecv([room, 5, byte], 0, 5), comm.Isend([data, 5, byte], 0, 5)
+moved = threading.Event()
+with mpi.calls:
+    progress.watch("a", [got], [sent], room, lambda error: moved.set(), nbytes=5)
+    assert not moved.wait(0.05)
+assert moved.wait(20)
+
 clean = []
 progress.give_up("never", 10.0, clean.append)
 assert left.wait(20), "it is recalled"
@@ -78,7 +85,7 @@ os._exit(0)
 """
 
 
-def test_a_process_alone() -> None:  # MPG-1, MPG-3, MPG-4
+def test_a_process_alone() -> None:  # MPG-1, MPG-3, MPG-4, MPG-7
     finished = subprocess.run(  # noqa: S603
         [sys.executable, "-c", PROGRAM],
         env=os.environ,
@@ -108,39 +115,6 @@ def test_the_server_of_a_world_of_one() -> None:
         assert "not_supported" in ask("cmd=spawn")
     thread.join(10)
     assert not thread.is_alive(), "it ends with its client"
-
-
-def test_one_thread_calls_at_a_time() -> None:  # MPG-7
-    calls = Calls()
-    inside = threading.Event()
-    leave = threading.Event()
-    order = []
-
-    def stuck() -> None:
-        with calls.by("stuck"):
-            inside.set()
-            leave.wait(20)
-        order.append("stuck")
-
-    def waits() -> None:
-        with calls.by("waits"):
-            order.append("waits")
-            leave.set()
-            thread.join(20)  # who was abandoned comes back, and disturbs nobody
-            order.append("still")
-
-    thread = threading.Thread(target=stuck)
-    thread.start()
-    assert inside.wait(10)
-    other = threading.Thread(target=waits)
-    other.start()
-    assert order == []
-    calls.abandon("nobody")
-    calls.abandon("stuck")
-    other.join(20)
-    assert order == ["waits", "stuck", "still"]
-    with calls.by("again"):
-        pass
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 9, 32])
