@@ -3,13 +3,14 @@
 The trainer learns to predict the next byte of a text, in processes of which each holds a part of
 every weight (FSDP). It publishes the weights every few steps, without waiting for anybody. Each
 sampler writes text, token by token, and takes the newest weights whenever there are some: they
-arrive while it writes. In the end, readers that want columns take them straight from the
-trainer's processes, which hold rows, and compare them with the whole.
+arrive while it writes. In the end each takes columns of the weights straight from the trainer's
+processes, which hold rows, and compares them with the whole.
 
 The same is done by Ray's object store, as it often is: the trainer puts a state dict, and each
-sampler gets it between two tokens. Both ways take turns in one run, with equal numbers of
-updates, since whatever else the machine does counts in tokens per second: processes that compute
-without a pause share its cores.
+sampler gets it between two tokens; and, to compare with, without any updates. The three take short
+turns in one run, with the same trainer at the same pace, since processes that compute without a
+pause share the machine's cores: how many tokens a second there are depends first on how many cores
+the samplers get, which is shown beside it, with the tokens that each second of a core gave.
 
 Run it with ``python examples/weight_sync.py``.
 """
@@ -44,8 +45,8 @@ NAME = "policy"
 CONTEXT = 64
 BATCH = 4  # of each of the trainer's processes
 SEED = 0
-AIORDT, STORE = "aiordt.weights", "Ray's object store"
-TURNS = (AIORDT, STORE, STORE, AIORDT)
+NONE, AIORDT, STORE = "nothing", "aiordt.weights", "object store"
+WAYS = (NONE, STORE, AIORDT)
 TEXT = (
     "the trainer steps and does not wait. the samplers write and do not wait. "
     "what is new comes while they write, and comes whole. "
@@ -92,8 +93,7 @@ class Trainer(aiordt.AsyncActor):
         torch.set_num_threads(1)
         distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=of)
         torch.manual_seed(SEED)
-        self.model = Writer(*shape)
-        fully_shard(self.model)
+        self.model: Any = fully_shard(Writer(*shape))  # the same object
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
         torch.manual_seed(rank)  # each has its own batches
         self.text = encoded()
@@ -107,15 +107,16 @@ class Trainer(aiordt.AsyncActor):
             self.pub = await publisher(NAME)
 
     async def train(
-        self, updates: int, seconds: float, samplers: list[Any]
+        self, way: str, updates: int, seconds: float, samplers: list[Any]
     ) -> tuple[list[float], list[float]]:
         """Train, and publish after each step.
 
         Args:
+            way: By what.
             updates: How often.
             seconds: From one step to the next, at least; it rests for what is left, as a trainer
                 does whose accelerator computes.
-            samplers: Who are offered the weights by the object store; if none, it is not used.
+            samplers: Who read.
 
         Returns:
             The losses, and the seconds of each publish.
@@ -125,9 +126,9 @@ class Trainer(aiordt.AsyncActor):
         for _ in range(updates):
             losses.append(self._step())
             self.model.unshard()  # the next step wants all of it anyway
-            if self.rank == 0:
+            if self.rank == 0 and way != NONE:
                 begun = time.perf_counter()
-                await self._publish(samplers)
+                await self._publish(way, samplers)
                 published.append(time.perf_counter() - begun)
             due += seconds
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -147,11 +148,11 @@ class Trainer(aiordt.AsyncActor):
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.num_steps += 1
-        return float(loss)
+        return float(loss.detach())
 
-    async def _publish(self, samplers: list[Any]) -> None:
+    async def _publish(self, way: str, samplers: list[Any]) -> None:
         weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
-        if samplers:
+        if way == STORE:
             put = ray.put(weights)
             for sampler in samplers:
                 sampler.offer.remote([put], self.num_steps)
@@ -166,6 +167,7 @@ class Report:
     Attributes:
         tokens: How many it wrote.
         seconds: In how long.
+        cpu_seconds: Of its process, meanwhile.
         versions: Of the weights that it used.
         stalls: Seconds in which it could not write, at each change of weights.
         text: What it wrote last.
@@ -173,6 +175,7 @@ class Report:
 
     tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     versions: list[int] = field(default_factory=list)
     stalls: list[float] = field(default_factory=list)
     text: str = ""
@@ -181,6 +184,7 @@ class Report:
         """Count another turn too."""
         self.tokens += other.tokens
         self.seconds += other.seconds
+        self.cpu_seconds += other.cpu_seconds
         self.versions += other.versions
         self.stalls += other.stalls
         self.text = other.text
@@ -205,6 +209,7 @@ class Sampler(aiordt.AsyncActor):
     async def sample(self) -> Report:
         """Write until told to stop. Weights arrive meanwhile, or are offered."""
         self.over = False
+        self.arrived = self.offered = None  # of the last turn
         receiving = asyncio.create_task(self._receive())
         report = await self._write()
         receiving.cancel()
@@ -225,6 +230,22 @@ class Sampler(aiordt.AsyncActor):
         """Enough is written."""
         self.over = True
 
+    async def check(self, parts: list[dict[str, Part]], index: int, of: int) -> tuple[int, bool]:
+        """Take some columns of every weight, as tensor parallelism does, from those who have rows.
+
+        Returns:
+            How many bytes moved, and whether the columns are those of the whole.
+        """
+        assert self.sub is not None  # noqa: S101  (`open`)
+        before = aiordt.stats().bytes_pulled
+        columns = await load_shards(parts, lambda _, shape: Shard(len(shape) - 1, index, of))
+        moved = aiordt.stats().bytes_pulled - before
+        _, whole = await self.sub.latest()
+        right = columns.keys() == whole.keys() and all(
+            torch.equal(columns[name], whole[name].chunk(of, -1)[index]) for name in whole
+        )
+        return moved, right
+
     def _renew(self, report: Report) -> None:
         """Take the newest weights, if there are some."""
         begun = time.perf_counter()
@@ -244,7 +265,7 @@ class Sampler(aiordt.AsyncActor):
     async def _write(self) -> Report:
         report = Report()
         written = encoded()[:8].tolist()
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             while not self.over:
                 self._renew(report)
@@ -254,35 +275,17 @@ class Sampler(aiordt.AsyncActor):
                 await asyncio.sleep(0)
             self._renew(report)  # what came last, for the next turn
         report.seconds = time.perf_counter() - begun
+        report.cpu_seconds = time.process_time() - cpu_begun
         report.text = bytes(written[-CONTEXT:]).decode("ascii")
         return report
 
 
-@ray.remote(num_cpus=0)
-class ColumnReader(aiordt.AsyncActor):
-    """Wants some columns of every weight, as tensor parallelism does."""
-
-    async def check(self, parts: list[dict[str, Part]], index: int, of: int) -> tuple[int, bool]:
-        """Take them from those who have rows; how many bytes moved, and whether all is right."""
-        before = aiordt.stats().bytes_pulled
-        columns = await load_shards(parts, lambda _, shape: Shard(len(shape) - 1, index, of))
-        moved = aiordt.stats().bytes_pulled - before
-        async with await subscriber(NAME) as sub:
-            _, whole = await sub.latest()
-        right = columns.keys() == whole.keys() and all(
-            torch.equal(columns[name], whole[name].chunk(of, -1)[index]) for name in whole
-        )
-        return moved, right
-
-
 @dataclass
 class Way:
-    """What came of one way of handing on weights."""
+    """What came of one way of handing on weights, in all its turns."""
 
     reports: list[Report]
-    losses: list[float] = field(default_factory=list)
     published: list[float] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Run:
@@ -292,39 +295,38 @@ class Run:
         shape, of = (options.width, options.layers), options.trainers
         self.trainers = [Trainer.remote(rank, of, meeting, shape) for rank in range(of)]
         self.samplers = [Sampler.remote(shape) for _ in range(options.samplers)]
+        self.losses: list[float] = []
+        self.ways: dict[str, Way] = {}
 
-    async def turn(self, name: str, way: Way, updates: int, seconds: float) -> None:
+    async def turn(self, name: str, updates: int, seconds: float) -> None:
         """Train and sample, and note how that went."""
-        offered_to = self.samplers if name == STORE else []
+        way = self.ways[name]
         sampling = [sampler.sample.remote() for sampler in self.samplers]
-        begun = time.perf_counter()
-        training = [each.train.remote(updates, seconds, offered_to) for each in self.trainers]
-        (losses, published), *_ = await asyncio.gather(*training)
-        way.seconds += time.perf_counter() - begun
+        plan = (name, updates, seconds, self.samplers)
+        (losses, published), *_ = await asyncio.gather(
+            *(trainer.train.remote(*plan) for trainer in self.trainers)
+        )
+        way.published += published
+        self.losses += losses
         await asyncio.gather(*(sampler.stop.remote() for sampler in self.samplers))
         for report, more in zip(way.reports, await asyncio.gather(*sampling), strict=True):
             report.add(more)
-        way.losses += losses
-        way.published += published
 
-    async def ways(self, updates: int, seconds: float) -> tuple[dict[str, Way], list[float]]:
-        """Go both ways in turns; what came of each, and all losses."""
+    async def take_turns(self, turns: int, updates: int, seconds: float) -> None:
+        """Go all ways."""
         await asyncio.gather(*(each.open.remote() for each in (*self.trainers, *self.samplers)))
-        ways, losses = {}, []
-        for name in (AIORDT, STORE):  # what the first time costs is not counted
-            warm = Way([Report() for _ in self.samplers])
-            await self.turn(name, warm, 2, seconds)
-            losses += warm.losses
-            ways[name] = Way([Report() for _ in self.samplers])
-        for name in TURNS:
-            await self.turn(name, ways[name], updates, seconds)
-        return ways, losses[:1] + ways[AIORDT].losses[-1:]
+        for count, length in ((1, 2), (turns, updates)):  # what the first time costs is not counted
+            self.ways = {name: Way([Report() for _ in self.samplers]) for name in WAYS}
+            for number in range(count):
+                # There and back, so that a drift hits all alike. What is published last is the end.
+                for name in WAYS if (count - number) % 2 else WAYS[::-1]:
+                    await self.turn(name, length, seconds)
 
-    async def reshard(self, of: int) -> list[tuple[int, bool]]:
-        """Have columns read, in so many parts."""
+    async def reshard(self) -> list[tuple[int, bool]]:
+        """Have each sampler take some columns."""
         parts = await asyncio.gather(*(trainer.parts.remote() for trainer in self.trainers))
-        readers = [ColumnReader.remote() for _ in range(of)]
-        checks = [reader.check.remote(parts, index, of) for index, reader in enumerate(readers)]
+        of = len(self.samplers)
+        checks = [each.check.remote(parts, index, of) for index, each in enumerate(self.samplers)]
         return list(await asyncio.gather(*checks))
 
 
@@ -336,23 +338,29 @@ def milliseconds(seconds: list[float]) -> str:
 async def run(options: argparse.Namespace, meeting: str, console: Console) -> None:
     """Do it all, and say how it went."""
     runs = Run(options, meeting)
-    ways, losses = await runs.ways(options.updates, options.seconds)
-    console.print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-    total = options.updates * TURNS.count(AIORDT)
-    table = Table("weights by", "steps/s", "publish", "sampler", "tokens/s", "versions", "stall")
-    for name, way in ways.items():
-        cells = [name, f"{len(way.losses) / way.seconds:.1f}", milliseconds(way.published)]
-        for number, report in enumerate(way.reports):
-            rate = f"{report.tokens / max(report.seconds, 1e-9):.0f}"
-            versions = f"{len(report.versions)} of {total}"
-            table.add_row(*cells, str(number), rate, versions, milliseconds(report.stalls))
-            cells = ["", "", ""]
+    await runs.take_turns(options.turns, options.updates, options.seconds)
+    console.print(f"loss {runs.losses[0]:.2f} -> {runs.losses[-1]:.2f}")
+    table = Table("weights by", "tokens/s", "cores", "per CPU s", "versions", "stall", "publish")
+    for name, way in runs.ways.items():
+        tokens = sum(report.tokens for report in way.reports)
+        seconds = sum(report.seconds for report in way.reports) / len(way.reports)
+        cpu_seconds = sum(report.cpu_seconds for report in way.reports)
+        fewest = min(len(report.versions) for report in way.reports)
+        table.add_row(
+            name,
+            f"{tokens / seconds:.0f}",
+            f"{cpu_seconds / seconds:.2f}",
+            f"{tokens / cpu_seconds:.0f}",
+            f"{fewest} of {len(way.published)}",
+            milliseconds([stall for report in way.reports for stall in report.stalls]),
+            milliseconds(way.published),
+        )
     console.print(table)
-    console.print(f"sampler 0 wrote: {ways[AIORDT].reports[0].text}")
-    for index, (moved, right) in enumerate(await runs.reshard(options.readers)):
+    console.print(f"sampler 0 wrote: {runs.ways[AIORDT].reports[0].text}")
+    for index, (moved, right) in enumerate(await runs.reshard()):
         verdict = "they are those of the whole" if right else "THEY DIFFER FROM THE WHOLE"
-        part = f"columns {index + 1}/{options.readers}"
-        console.print(f"{part} from {options.trainers} trainers: {moved / 2**20:.1f} MiB, {verdict}")
+        part = f"columns {index + 1}/{options.samplers} from {options.trainers} trainers"
+        console.print(f"{part}: {moved / 2**20:.1f} MiB, {verdict}")
 
 
 def main() -> None:
@@ -360,8 +368,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trainers", type=int, default=2)
     parser.add_argument("--samplers", type=int, default=2)
-    parser.add_argument("--readers", type=int, default=3, help="who want columns in the end")
-    parser.add_argument("--updates", type=int, default=14, help="of the weights in each turn")
+    parser.add_argument("--turns", type=int, default=4, help="of each way")
+    parser.add_argument("--updates", type=int, default=4, help="of the weights in each turn")
     parser.add_argument("--seconds", type=float, default=0.4, help="from step to step, at least")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
