@@ -93,7 +93,8 @@ class Trainer(aiordt.AsyncActor):
         torch.set_num_threads(1)
         distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=of)
         torch.manual_seed(SEED)
-        self.model: Any = fully_shard(Writer(*shape))  # the same object
+        model: Any = Writer(*shape)
+        self.model: Any = fully_shard(model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
         torch.manual_seed(rank)  # each has its own batches
         self.text = encoded()
