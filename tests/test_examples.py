@@ -122,10 +122,13 @@ def test_async_rl_quick(tmp_path: Path) -> None:
 
 
 def test_weight_sync(tmp_path: Path) -> None:
-    """The trainer learns, and every sampler has used weights of it, the last among them."""
-    tiny = ("--steps", "30", "--every", "5", "--width", "32", "--layers", "1")
+    """The trainer learns, every sampler uses its weights, and columns are those of the whole."""
+    tiny = ("--turns", "2", "--updates", "8", "--seconds", "0.05", "--width", "32", "--layers", "1")
     output = run("weight_sync.py", *tiny, cwd=tmp_path)
-    losses = re.search(r"loss (\S+) -> (\S+);", output)
+    losses = re.search(r"loss (\S+) -> (\S+)", output)
     assert losses is not None
     assert float(losses[2]) < float(losses[1]), output
-    assert len(re.findall(r"[1-6] of 6", output)) == 2, output
+    fewest = [int(versions) for versions in re.findall(r"(\d+) of 16", output)]
+    assert len(fewest) == 2, output  # without and with aiordt
+    assert min(fewest) >= 1, output
+    assert output.count("they are those of the whole") == 2, output
