@@ -201,7 +201,6 @@ async def test_mpi_that_the_script_initialised_is_refused(shared: dict[str, str]
 @pytest.mark.parametrize(
     ("mpi", "number"),
     [
-        (MPICH, signal.SIGINT),
         (MPICH, signal.SIGTERM),
         (MPICH, signal.SIGKILL),
         pytest.param("openmpi", signal.SIGINT, marks=needs_open_mpi),
