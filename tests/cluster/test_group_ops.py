@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BACKENDS = ["shm", "gloo", "mpi"]
+TORCH_OPS = {
+    "sum": ReduceOp.SUM,
+    "product": ReduceOp.PRODUCT,
+    "min": ReduceOp.MIN,
+    "max": ReduceOp.MAX,
+}
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +234,22 @@ async def beside_torch(actor: Any, path: str) -> None:
         share = torch.empty(numel // size)
         raw._reduce_scatter_base(share, t).wait()
         torch.testing.assert_close(await g.reducescatter(t), share)
+        sent = t.clone()
+        raw.broadcast(sent, size - 1).wait()
+        assert torch.equal(await g.broadcast(t, size - 1, inplace=False), sent)
+        for op, theirs_op in TORCH_OPS.items():
+            for dtype in (torch.float64, torch.float16, torch.int32, torch.uint8):
+                t = brought(rank, numel + 3, dtype)
+                theirs = t.clone()
+                raw.allreduce([theirs], theirs_op).wait()
+                assert torch.equal(await g.allreduce(t, op), theirs), (op, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-async def test_the_same_as_torch_distributed(nodes: Any, backend: str, tmp_path: Path) -> None:
-    async with grouped(nodes, backend):
-        await everywhere(nodes, beside_torch, str(tmp_path / "store"))
+async def test_the_same_as_torch_distributed(six: Any, backend: str, tmp_path: Path) -> None:
+    for size in range(1, 7):
+        async with grouped(six[:size], backend):
+            await everywhere(six[:size], beside_torch, str(tmp_path / f"store-{size}"))
 
 
 async def trees(actor: Any) -> int:
