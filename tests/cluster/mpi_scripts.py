@@ -22,7 +22,8 @@ import aiordt.mpi
 
 def tell(found: Any) -> None:
     """In one piece: Ray writes, too."""
-    sys.stdout.write(f"RESULT {json.dumps(found)}\n")
+    # On a line of its own: Ray's thread may be in the middle of one.
+    sys.stdout.write(f"\nRESULT {json.dumps(found)}\n")
     sys.stdout.flush()
 
 

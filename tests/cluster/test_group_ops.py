@@ -77,14 +77,22 @@ async def reduce_to(g: Any, numel: int, dtype: torch.dtype) -> None:
     same(piece, want.tensor_split(size)[rank])
 
 
+#: What groups of a size reduce: how many elements, of which dtypes. All are in groups of 3.
+REDUCED = {
+    1: [(0, DTYPES), (70_000, DTYPES)],
+    3: [(size, DTYPES) for size in SIZES],
+    6: [(1, DTYPES[::2]), (70_000, DTYPES[1::2])],
+}
+
+
 async def reduce_all(actor: Any, backend: str) -> int:
     g = actor.group("g")
     count = 0
-    for size in SIZES:  # all of a size at once
+    for size, dtypes in REDUCED[g.size]:  # all of a size at once
         done = await asyncio.gather(
             *(
                 reduce_one(g, backend, op, elements(size, dtype), dtype)
-                for dtype in DTYPES
+                for dtype in dtypes
                 for op in REDUCTIONS
             )
         )
@@ -94,12 +102,14 @@ async def reduce_all(actor: Any, backend: str) -> int:
     return count
 
 
+# The first one starts six actors: some 3 s of CPU each, and twice that with coverage.
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_reductions_of_every_dtype(six: list[Any], backend: str) -> None:
-    for size in (1, 3, 6):
+    for size, least in ((1, 120), (3, 250), (6, 60)):
         async with grouped(six[:size], backend):
             counts = await everywhere(six[:size], reduce_all, backend)
-            assert counts[0] > 250
+            assert counts[0] > least
             assert len(set(counts)) == 1
 
 

@@ -640,7 +640,7 @@ def main() -> None:
     ray.init(namespace="hosts", log_to_driver=False)
     for name in names or sys.stdin:
         result = asyncio.run(SCENARIOS[name.strip()]())
-        print("RESULT", json.dumps(result), flush=True)  # noqa: T201
+        print("\nRESULT", json.dumps(result), flush=True)  # noqa: T201
     ray.shutdown()
 
 
