@@ -22,10 +22,9 @@ from aiordt._arena import arena
 from aiordt._errors import AiordtError, OwnerDiedError
 from aiordt._progress import post
 from aiordt._types import KIB, MIB
-from aiordt.collective._bundle import plan, specs_of
 from aiordt.collective._call import Mover
 from aiordt.collective._kernels import Reduction
-from aiordt.collective._rules import CUTTING, FROM_ROOT, REDUCING, working_dtype
+from aiordt.collective._rules import FROM_ROOT, REDUCING, working_dtype
 from aiordt.collective._steps import Pending, Step
 from aiordt.transports._job import copy_piece
 
@@ -97,7 +96,7 @@ class DirectMover(Mover):
         if call.kind in FROM_ROOT and call.rank != call.root:
             return _HERE
         brought = call.tensors or []
-        units = plan(specs_of(brought), call.size, cutting=call.kind in CUTTING)
+        units = call.asked().units
         tensors = [brought[unit.places[0]] for unit in units if len(unit.places) == 1]
         if len(tensors) < len(units) or not all(map(torch.Tensor.is_contiguous, tensors)):
             return _PACKED

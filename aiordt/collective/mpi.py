@@ -166,8 +166,8 @@ class MpiMover(TurnMover):
                 )
         if coming or going:
             self._progress.drive(lambda: pending.ended)
-        if (coming or going) and not failed:
-            yield pending
+            if not failed:
+                yield pending
         if failed and isinstance(failed[0], OwnerDiedError):
             raise failed[0]
         if failed:

@@ -44,8 +44,7 @@ class Shard:
     of: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.index < self.of:
-            raise InvalidValueError(f"{self}: the index must be in 0..{self.of - 1}")
+        _check_index(self)
 
     @override
     def __str__(self) -> str:
@@ -67,12 +66,16 @@ class FlatShard:
     of: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.index < self.of:
-            raise InvalidValueError(f"{self}: the index must be in 0..{self.of - 1}")
+        _check_index(self)
 
     @override
     def __str__(self) -> str:
         return f"flat shard {self.index} of {self.of}"
+
+
+def _check_index(shard: Shard | FlatShard) -> None:
+    if not 0 <= shard.index < shard.of:
+        raise InvalidValueError(f"{shard}: the index must be in 0..{shard.of - 1}")
 
 
 #: Pieces of pieces, in this order; empty: all of the tensor.
