@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 SUITE := -m "not soak" -n 2 --dist loadfile
 
-.PHONY: demo test unit lint types layers docs check coverage bench soak clean
+.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery clean
 
 $(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -74,6 +74,14 @@ bench: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
+
+# Properties with examples of chance, that `make test` does not have.
+explore: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit tests/conformance --hypothesis-profile explore -n 2 $(ARGS)
+
+# A thousand transfers that something happens to.
+battery: $(VENV)/.dev
+	$(BIN)/python -m tests.battery $(ARGS)
 
 clean:
 	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*

@@ -17,7 +17,7 @@ from aiordt.abc import Part, PeerAddress, TransportMessage
 if TYPE_CHECKING:
     import asyncio
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import torch
 
@@ -81,6 +81,12 @@ class Copy:
     @property
     def pinned(self) -> bool:
         return any(entry.pins or not entry.task.done() for entry in self.entries.values())
+
+    def forget(self, tasks: Collection[asyncio.Task[None]]) -> None:
+        """Have no more what these were to bring."""
+        self.entries = {
+            what: entry for what, entry in self.entries.items() if entry.task not in tasks
+        }
 
 
 def meeting_name(key: bytes) -> bytes:

@@ -158,3 +158,17 @@ class AuthenticationError(AiordtError):
 
 class ProtocolViolationError(AiordtError):
     """A peer (or aiordt itself) did what the protocol does not allow at that point."""
+
+
+def without_frames(exc: AiordtError) -> AiordtError:
+    """An error without the way that it came, which would hold refs and their leases (ERR-1).
+
+    What a future raises refers to frames that have the future: a circle in each of them. What
+    has happened, and between whom, its text says.
+    """
+    errors: list[BaseException] = [exc]
+    while errors:
+        error = errors.pop()
+        error.__traceback__ = None
+        errors += filter(None, (error.__cause__, error.__context__))
+    return exc

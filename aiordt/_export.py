@@ -10,7 +10,13 @@ import torch
 
 from aiordt import _config, _device, _wire
 from aiordt._arena import arena
-from aiordt._errors import InvalidTypeError, InvalidValueError, UnavailableError, UsageError
+from aiordt._errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    OutOfMemoryError,
+    UnavailableError,
+    UsageError,
+)
 from aiordt._exports import check_exportable
 from aiordt._leaves import as_array, as_tensor, is_leaf, is_tensor
 from aiordt._memory import raw_bytes
@@ -57,11 +63,20 @@ class Exporting:
     threads that have no loop.
     """
 
-    def __init__(self, tree: object, label: str, *, transport: str | None, snapshot: bool) -> None:
+    def __init__(
+        self,
+        tree: object,
+        label: str,
+        *,
+        transport: str | None,
+        snapshot: bool,
+        frozen: bool = False,
+    ) -> None:
         self._flat = Flat(tree, is_leaf, inside=is_tensor)  # LEAF-1
         self._label = label
         self._transport = transport
         self._snapshot = snapshot
+        self._flags = _wire.FLAG_FROZEN if frozen else 0
         leaves = self._flat.leaves
         self._others: dict[int, object] = {
             index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)
@@ -218,7 +233,7 @@ class Exporting:
             number = numbers.get(position)
             index = len(self._exported) + position if number is None else number
             lease_or_none = None if number is None else leases[number]
-            flags = _wire.FLAG_NUMPY if position in self._arrays else 0
+            flags = self._flags | (_wire.FLAG_NUMPY if position in self._arrays else 0)
             tied = position in self._tied
             packed, cls = _describe(tensor, flags, inline=number is None, tied=tied)
             inline = self._inline.get(position)
@@ -262,9 +277,43 @@ def _describe(
     return _wire.pack_meta(meta), cls
 
 
-async def export(tree: Any, label: str, *, transport: str | None, snapshot: bool) -> Any:  # noqa: ANN401
-    """Turn the tensors of ``tree`` into refs; without tensors, ``tree`` itself."""
-    exporting = Exporting(tree, label, transport=transport, snapshot=snapshot)
+def in_shared_memory(tree: Any) -> Any:  # noqa: ANN401
+    """``tree`` with copies of its large host tensors in shared memory, as long as there is room."""
+    flat = Flat(tree, is_leaf, inside=is_tensor)  # LEAF-1
+    tensors = [*map(as_tensor, flat.leaves)]
+    chosen = [
+        number
+        for number, tensor in enumerate(tensors)
+        if tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized
+    ]
+    if sum(tensors[number].nbytes for number in chosen) < MIB:
+        return tree
+    chosen = [number for number in chosen if not arena.locate(tensors[number].data_ptr())]
+    try:
+        copies = clone([tensors[number] for number in chosen], arena)
+    except OutOfMemoryError:
+        return tree
+    leaves = [*flat.leaves]
+    for number, copy in zip(chosen, copies, strict=True):
+        is_array = isinstance(leaves[number], np.ndarray)
+        leaves[number] = as_array(copy) if is_array else same_kind(copy, tensors[number])
+    return flat.rebuild(leaves)
+
+
+async def export(
+    tree: Any,  # noqa: ANN401
+    label: str,
+    *,
+    transport: str | None,
+    snapshot: bool,
+    frozen: bool = False,
+) -> Any:  # noqa: ANN401
+    """Turn the tensors of ``tree`` into refs; without tensors, ``tree`` itself.
+
+    ``frozen``: they are never written to again, so that `get` need not copy what lies in shared
+    memory, but keeps its lease.
+    """
+    exporting = Exporting(tree, label, transport=transport, snapshot=snapshot, frozen=frozen)
     if exporting.empty:
         return tree
     exporting.clone_on_devices()

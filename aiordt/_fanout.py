@@ -55,7 +55,9 @@ class Plan(Generic[_M]):
             member: Who.
             failed: From whom it could not get the export.
         """
-        self.places.pop(member, None)
+        if self.places.pop(member, None) is None:
+            # Who got it from there before it left may still do so (FAN-2).
+            self._given[member] = sum(place.parent == member for place in self.places.values())
         best: Place[_M] | None = None
         if self._given.get(None, 0) < WIDTH:
             best = Place(None, 1)

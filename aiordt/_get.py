@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from ray import ObjectRef
 
-from aiordt import _device, _ray
+from aiordt import _device, _ray, _wire
+from aiordt._batch import tied
 from aiordt._errors import InvalidTypeError, InvalidValueError
 from aiordt._export import check_transport, same_kind
 from aiordt._into import is_tensor_ref, targets_for
@@ -125,6 +126,7 @@ async def _get_tree(x: Any, call: _Call, root: str) -> Any:  # noqa: ANN401
 
 async def _resolve(leaves: Sequence[Any], call: _Call, name: Callable[[Any], str]) -> list[Any]:
     arrivals = call.arrivals
+    await _mapped(leaves, call)
     if not arrivals and all(map(is_tensor_ref, leaves)):  # nothing else to wait for
         tensors = await current_for(leaves[0]).pull_all(
             leaves, call.transport, dtype=call.dtype, name=name
@@ -162,6 +164,31 @@ async def _resolve(leaves: Sequence[Any], call: _Call, name: Callable[[Any], str
         if isinstance(leaf, TensorRef) and values[index] is None:
             values[index] = arrivals[leaf].result()
     return values
+
+
+async def _mapped(leaves: Sequence[Any], call: _Call) -> None:
+    """Have the large ones that will not change, and that others do not share, without a copy."""
+    frozen = [
+        leaf
+        for leaf in leaves
+        if isinstance(leaf, TensorRef)
+        and leaf.meta.flags & _wire.FLAG_FROZEN
+        and leaf.inline is None
+        and leaf.nbytes >= MIB
+    ]
+    if not frozen or call.transport is not None or call.dtype is not None:
+        return
+    refs = [ref for ref in leaves if isinstance(ref, TensorRef) and ref.inline is None]
+    refs = [ref for ref in refs if ref.nbytes]
+    units = tied(refs, [ref.nbytes for ref in refs]).units
+    shared = {refs[place] for unit in units for place in unit}
+    for ref in frozen:
+        if ref in shared or ref in call.arrivals:
+            continue
+        tensor = await current_for(ref).copy_on_write(ref)
+        if tensor is not None:
+            call.arrivals[ref] = asyncio.get_running_loop().create_future()
+            call.arrivals[ref].set_result(tensor)
 
 
 async def fetch_objects(x: Any) -> Any:  # noqa: ANN401

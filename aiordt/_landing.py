@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from aiordt import _device, _wire
-from aiordt._errors import AiordtError, InvalidValueError, UnavailableError
+from aiordt._errors import AiordtError, InvalidValueError, OwnerDiedError, UnavailableError
 from aiordt._layout import Cut, first_run
 from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import dense_stride, from_raw_bytes, in_memory_order, memory_order
@@ -197,6 +197,11 @@ def describe(ref: Pullable) -> str:
     """A ref's tensor, for messages."""
     meta = ref.meta
     return f"tensor {tuple(meta.shape)} {str(dtype_of(meta.dtype)).removeprefix('torch.')}"
+
+
+def died(owner: Owner, cause: Exception, what: str = "its tensors") -> OwnerDiedError:
+    """The error for whoever wanted something of a process that is gone."""
+    return OwnerDiedError(f"{owner} died, and {what} with it ({cause})", owner=str(owner))
 
 
 def dress(tensor: torch.Tensor, ref: Pullable) -> Any:  # noqa: ANN401

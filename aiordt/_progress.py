@@ -1,4 +1,10 @@
-"""From threads to asyncio and back: worker threads, the io loop, waiting to the end."""
+"""From threads to asyncio and back: worker threads, the io loop, waiting to the end.
+
+Invariants:
+    ERR-1  No frame that an error came through refers to that error: such a circle would keep what
+           else is in the frames, refs with their leases among them, until the garbage collector
+           comes by.
+"""
 
 from __future__ import annotations
 
@@ -147,11 +153,14 @@ async def finish(work: asyncio.Future[_T], stop: Callable[[], object] | None = N
             with anyio.CancelScope(shield=True):  # a scope would cancel again and again
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait({work})
-    if cancelled is not None:
-        if not work.cancelled():
-            work.exception()  # seen: no "never retrieved" warning
-        raise cancelled
-    return work.result()
+    try:
+        if cancelled is not None:
+            if not work.cancelled():
+                work.exception()  # seen: no "never retrieved" warning
+            raise cancelled
+        return work.result()
+    finally:
+        del cancelled, work  # ERR-1
 
 
 class IoThread:
@@ -367,5 +376,8 @@ async def run_all(coroutines: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
         for index, coroutine in enumerate(coroutines):
             group.start_soon(run, index, coroutine)
     if failures:
-        raise failures[0]
+        try:
+            raise failures[0]
+        finally:
+            failures.clear()  # ERR-1
     return [results[index] for index in range(len(coroutines))]

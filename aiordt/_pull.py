@@ -12,11 +12,13 @@ import torch
 from aiordt import _device, _ray
 from aiordt._batch import Batch, Plain, parcels, plain, tied, unpack_tied
 from aiordt._errors import (
+    AiordtError,
     ClosedError,
     OwnerDiedError,
     PeerLostError,
     TensorFreedError,
     UnavailableError,
+    without_frames,
 )
 from aiordt._exports import warn_if_shared
 from aiordt._landing import (
@@ -27,6 +29,7 @@ from aiordt._landing import (
     confirm,
     copy_into,
     describe,
+    died,
     dress,
     dtype_of,
     land,
@@ -190,7 +193,7 @@ class Puller:
             return None
         self._inline_nbytes += nbytes
         self.counters.pulled(name, 1, nbytes)
-        self._arrived([ref])
+        self.arrived([ref])
         _device.wait_on_stream(landing.tensor, _device.DONE)  # DEV-3
         return landing.finish()
 
@@ -242,7 +245,10 @@ class Puller:
                     call.results[index] = await self._copied(refs[index], into[index], result)
             jobs = self._plan(refs, sizes, owners, call)
         if jobs:
-            await run_all([self._pull_by(call, *job) for job in jobs])
+            try:
+                await run_all([self._pull_by(call, *job) for job in jobs])
+            except AiordtError as exc:
+                raise without_frames(exc)  # noqa: B904  (it is the same one)
         del leases
         return [tensor for tensor in call.results if tensor is not None]
 
@@ -350,12 +356,7 @@ class Puller:
         self._unpack(refs, by_value, results)
         return owners
 
-    def _unpack(
-        self,
-        refs: Sequence[Pullable],
-        places: list[int],
-        results: list[Any],
-    ) -> None:
+    def _unpack(self, refs: Sequence[Pullable], places: list[int], results: list[Any]) -> None:
         """The tensors that travelled inside their refs."""
         tied = unpack_tied([refs[place] for place in places])
         for number, place in enumerate(places):
@@ -413,10 +414,10 @@ class Puller:
         try:
             return await reaching
         except OwnerDiedError as exc:
-            raise _died(header.owner, exc) from exc
+            raise died(header.owner, exc) from exc
         except PeerLostError as exc:
             if await self._ray_says_gone(header.owner):
-                raise _died(header.owner, exc) from exc
+                raise died(header.owner, exc) from exc
             raise
 
     async def _ray_says_gone(self, owner: Owner) -> bool:
@@ -436,17 +437,17 @@ class Puller:
             try:
                 await self._read(batch, name, link, shared=shared)
             except OwnerDiedError as exc:
-                raise _died(refs[0].header.owner, exc, describe(refs[0])) from exc
+                raise died(refs[0].header.owner, exc, describe(refs[0])) from exc
             except PeerLostError as exc:
                 owner = refs[0].header.owner
                 if await self._ray_says_gone(owner):
-                    raise _died(owner, exc, describe(refs[0])) from exc
+                    raise died(owner, exc, describe(refs[0])) from exc
                 raise
             phase("pull.arrived")
         finally:
             self.counters.ended(len(refs))
             self._admission.release(nbytes)
-        self._arrived(refs)
+        self.arrived(refs)
         if batch.copy_nbytes > _COPY_ON_LOOP_NBYTES:
             tensors = await finish(self.workers.run(batch.finish))  # OWN-1: the caller's tensors
         else:
@@ -488,12 +489,9 @@ class Puller:
         if ref.inline is not None and ref.header.address.runtime_id != self.address.runtime_id:
             self.counters.pulled("inline", 1, len(ref.inline))
 
-    def _arrived(self, refs: Sequence[Pullable]) -> None:
+    def arrived(self, refs: Sequence[Pullable]) -> None:
+        """Let their owners know that others have them, once."""
         for ref in refs:
             if not ref.header.noted:
                 ref.header.noted = True
                 self._notes.put(ref.header)
-
-
-def _died(owner: Owner, cause: Exception, what: str = "its tensors") -> OwnerDiedError:
-    return OwnerDiedError(f"{owner} died, and {what} with it ({cause})", owner=str(owner))

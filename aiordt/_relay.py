@@ -69,7 +69,7 @@ from aiordt.abc import Part, PeerAddress, TransportMessage
 from aiordt.transports._job import Job, copy_piece, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from aiordt._metrics import Counters
     from aiordt._progress import IoThread, Workers
@@ -260,11 +260,18 @@ class Relay:
                 await asyncio.shield(task)
         except BaseException:
             self._unpin(entries)
-            for entry in entries:
-                if not entry.pins:
-                    entry.task.cancel()  # nobody else waits for it
+            self._give_up(copy, {entry.task for entry in entries})
             raise
         return entries
+
+    @staticmethod
+    def _give_up(copy: Copy, tasks: Collection[asyncio.Task[None]]) -> None:
+        """Cancel those of ``tasks`` that nobody waits for; nor does who asks from now on."""
+        wanted = {entry.task for entry in copy.entries.values() if entry.pins}
+        unwanted = {task for task in tasks if task not in wanted and not task.done()}
+        copy.forget(unwanted)
+        for task in unwanted:
+            task.cancel()
 
     def _bring(self, copy: Copy, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
         nbytes = sum(part.nbytes for part in parts)
@@ -355,9 +362,7 @@ class Relay:
         self, task: asyncio.Task[None], copy: Copy, address: PeerAddress, key: bytes
     ) -> None:
         if task.cancelled() or task.exception() is not None:
-            copy.entries = {
-                what: entry for what, entry in copy.entries.items() if entry.task is not task
-            }
+            copy.forget({task})
             self._drop_if_empty(key, copy)
         elif copy.watch is None and self._copies.get(key) is copy:
             copy.watch = self._io.loop.create_task(self._watch(address, key))

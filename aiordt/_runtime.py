@@ -21,11 +21,12 @@ from aiordt._errors import (
     AiordtError,
     ClosedError,
     PeerLostError,
+    UnavailableError,
 )
 from aiordt._exports import warn_if_shared
-from aiordt._landing import as_seen, confirm, dense_stride_of, dtype_of
+from aiordt._landing import as_seen, confirm, dense_stride_of, dress, dtype_of
 from aiordt._layout import span
-from aiordt._memory import Pool
+from aiordt._memory import Pool, laid_out
 from aiordt._metrics import Counters
 from aiordt._peer import Network, listen, listen_locally
 from aiordt._progress import Admission, Inbox, IoThread, Workers, post
@@ -247,16 +248,40 @@ class Runtime(Puller):
             self.came_along(ref)
             return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
         self.check_shared(ref, "shm")
-        await confirm([ref], None)
+        link, stride, nbytes = await self._shared(ref)
+        flat = await link.view(ref.meta.segment, ref.meta.address, nbytes)
+        return as_seen(laid_out(flat.view(dtype_of(ref.meta.dtype)), ref.meta.shape, stride), ref)
+
+    async def copy_on_write(self, ref: Pullable) -> Any:  # noqa: ANN401
+        """As a pull; but a page of the tensor is copied only when it is written to.
+
+        The lease is held until nothing uses the memory. ``None`` for what does not lie, in one
+        piece, in shared memory of another process of this host.
+        """
+        self.check(ref)
+        if ref.inline is not None or self.here(ref) is not None:
+            return None
+        if ref.meta.stride is not None or self.suited(ref) != "shm":
+            return None
+        lease = ref.lease
+        try:
+            link, stride, nbytes = await self._shared(ref)
+        except UnavailableError:
+            return None
         meta = ref.meta
-        dtype = dtype_of(meta.dtype)
-        stride = dense_stride_of(meta)
-        nbytes = span(meta.shape, stride, dtype.itemsize)
+        flat = await link.copy_on_write(meta.segment, meta.address, nbytes, lease)
+        self.arrived([ref])
+        return dress(laid_out(flat.view(dtype_of(meta.dtype)), meta.shape, stride), ref)
+
+    async def _shared(self, ref: Pullable) -> tuple[SharedLink, tuple[int, ...], int]:
+        """The link to a tensor in shared memory, its strides, and the bytes that it spans."""
+        await confirm([ref], None)
+        stride = dense_stride_of(ref.meta)
+        nbytes = span(ref.meta.shape, stride, dtype_of(ref.meta.dtype).itemsize)
         _, link = await self.reached(ref.header, self.find(ref.header, "shm", None))
         await self.reached(ref.header, self.routes.wait_ready([ref.header]))  # DEV-1
         assert isinstance(link, SharedLink)  # noqa: S101  (what `shm` is)
-        flat = await link.view(meta.segment, meta.address, nbytes)
-        return as_seen(flat.view(dtype).as_strided(meta.shape, stride), ref)
+        return link, stride, nbytes
 
     # --- the end ---------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from aiordt._ties import Extent, Group, groups, overlapping, twins
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from aiordt._arena import Arena
     from aiordt._memory import Pool
 
 
@@ -108,7 +109,7 @@ def within(flat: torch.Tensor, address: int, where: Extent, dtype: torch.dtype) 
     return made.set_(flat.untyped_storage(), start, where.shape, where.stride)
 
 
-def clone(tensors: Sequence[torch.Tensor], pool: Pool) -> list[torch.Tensor]:
+def clone(tensors: Sequence[torch.Tensor], pool: Pool | Arena) -> list[torch.Tensor]:
     """Plain copies; tensors that share memory are copied once and share it."""
     ties = ties_of(tensors)
     copies: list[torch.Tensor | None] = [None] * len(tensors)

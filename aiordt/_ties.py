@@ -87,6 +87,8 @@ def overlapping(addresses: Sequence[int], spans: Sequence[int]) -> list[int]:
     Cost:
         ~0.1 µs each, 0.2 µs where they are not in the order of their addresses.
     """
+    if len(addresses) < 2:  # the common pull: numpy would take 0.1 ms of it, cold
+        return []
     starts = np.fromiter(addresses, dtype=np.int64, count=len(addresses))
     ends = starts + np.fromiter(spans, dtype=np.int64, count=len(spans))
     if (starts[1:] >= ends[:-1]).all():  # as they are in memory

@@ -48,6 +48,8 @@ def new_key() -> bytes:
 FLAG_REQUIRES_GRAD: Final = 1
 FLAG_PARAMETER: Final = 2
 FLAG_NUMPY: Final = 4
+#: Its owner never writes to it again.
+FLAG_FROZEN: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

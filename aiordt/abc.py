@@ -343,6 +343,20 @@ class SharedLink(Link):
             ClosedError: This link was closed.
         """
 
+    @abstractmethod
+    async def copy_on_write(
+        self, segment: int, address: int, nbytes: int, keep: object
+    ) -> torch.Tensor:
+        """As `view`, to be written to: what is written is seen by this process only.
+
+        Args:
+            segment: Number of the owner's segment.
+            address: Where the bytes are, in the owner.
+            nbytes: How many.
+            keep: Let go when nothing uses the memory any more. The owner must not write to its
+                own until then, for what has not been written here is still the owner's.
+        """
+
 
 class Io(Protocol):
     """aiordt's own thread with an event loop, which serves peers whatever users do."""

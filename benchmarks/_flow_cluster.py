@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 import torch
@@ -13,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 import aiordt
 from aiordt import flow
+from aiordt._relay import MIN_NBYTES
 from benchmarks._cluster import start
 from benchmarks._measure import MIB
 
@@ -51,6 +53,11 @@ def generate(nbytes: int) -> torch.Tensor:
     return torch.ones(nbytes // 4)
 
 
+def generate_shared(nbytes: int) -> torch.Tensor:
+    """As `generate`, where others read it without a copy."""
+    return aiordt.empty(nbytes // 4).fill_(1)
+
+
 def step(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
@@ -59,13 +66,42 @@ def cut(parts: int, x: torch.Tensor) -> torch.Tensor:
     return x.view(parts, -1).sum(0)
 
 
+def pass_on(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1)
+
+
+def cut_off(parts: int, x: torch.Tensor) -> torch.Tensor:
+    return x.view(parts, -1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """What the maps of a program run.
+
+    Attributes:
+        step: The first two.
+        cut: The last one, to a piece.
+        share: The sum of a piece, for each element that a map gets.
+    """
+
+    step: Callable[[torch.Tensor], torch.Tensor]
+    cut: Callable[[int, torch.Tensor], torch.Tensor]
+    share: float
+
+
+#: They read and write all bytes.
+WORKING: Final = Functions(step, cut, 3.0)
+#: They return views, so that what is timed is placement, calls and transfers.
+PASSING: Final = Functions(pass_on, cut_off, 0.25)
+
+
 def summed(parts: Sequence[torch.Tensor]) -> float:
     return float(sum(part.sum() for part in parts))
 
 
-def expected(program: Program) -> float:
+def expected(program: Program, functions: Functions) -> float:
     """What each reducer gets."""
-    return 3.0 * program.maps * (program.nbytes // 4)
+    return functions.share * program.maps * (program.nbytes // 4)
 
 
 class FlowReducer(aiordt.AsyncActor):
@@ -100,11 +136,14 @@ class FlowWay:
         self._workers = workers
         self._reducers = flow.InitActors(FlowReducer, reducers)
 
-    async def run(self, program: Program, *, count: bool = False) -> tuple[list[float], int]:
+    async def run(
+        self, program: Program, functions: Functions = WORKING, *, count: bool = False
+    ) -> tuple[list[float], int]:
         """Run the program's batches on one broadcast.
 
         Args:
             program: What runs.
+            functions: What its maps do.
             count: Count what crosses, by where each result is and where it was used.
 
         Returns:
@@ -113,19 +152,19 @@ class FlowWay:
         seconds = []
         crossed = 0
         async with flow.Context(self._placement, self._workers):
-            many = flow.Broadcast(generate, program.maps, args=[program.nbytes])
+            many = flow.Broadcast(generate_shared, program.maps, args=[program.nbytes])
             seen: set[Any] = set()
             for _ in range(program.batches):
                 begun = time.perf_counter()
-                first = flow.Map(step, many)
-                second = flow.Map(step, first)
+                first = flow.Map(functions.step, many)
+                second = flow.Map(functions.step, first)
                 parts = program.nbytes // program.piece
-                cuts = flow.Map(cut, second, args=[[parts]] * program.maps)
+                cuts = flow.Map(functions.cut, second, args=[[parts]] * program.maps)
                 out = await flow.ReduceActors("reduce", self._reducers, cuts)
                 seconds.append(time.perf_counter() - begun)
-                check([total for total, _ in out], program)
+                check([total for total, _ in out], program, functions)
                 if count:
-                    users = {node for _, node in out}
+                    users = [node for _, node in out]
                     crossed += await _crossed([many, first, second, cuts], users, seen)
         return seconds, crossed
 
@@ -136,15 +175,18 @@ class FlowWay:
                 ray.kill(handle)
 
 
-async def _crossed(nodes: Sequence[flow.Node], last: set[str], seen: set[Any]) -> int:
+async def _crossed(nodes: Sequence[flow.Node], last: list[str], seen: set[Any]) -> int:
     """Bytes that crossed to where each node's elements were used: the next one's, then ``last``."""
     rows = [await node for node in nodes]
-    users = [[{ref.owner.node_id} for ref in row] for row in rows[1:]] + [[last] * len(rows[-1])]
+    users = [[[ref.owner.node_id] for ref in row] for row in rows[1:]] + [[last] * len(rows[-1])]
     total = 0
     for row, used in zip(rows, users, strict=True):
         for ref, places in zip(row, used, strict=True):
-            for place in places - {ref.owner.node_id}:
-                if (ref, place) not in seen:  # one crossing for a node
+            for place in places:
+                if place == ref.owner.node_id:
+                    continue
+                # One crossing for a node, but of what is too small for the relay.
+                if (ref, place) not in seen or ref.nbytes < MIN_NBYTES:
                     seen.add((ref, place))
                     total += ref.nbytes
     return total
@@ -154,7 +196,7 @@ async def _crossed(nodes: Sequence[flow.Node], last: set[str], seen: set[Any]) -
 
 
 @ray.remote
-def task(function: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+def task(function: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401
     return function(*args)
 
 
@@ -168,20 +210,22 @@ class RayWay:
     def __init__(self, reducers: int) -> None:
         self._reducers = [start(RayReducer) for _ in range(reducers)]
 
-    async def run(self, program: Program, *, count: bool = False) -> tuple[list[float], int]:
+    async def run(
+        self, program: Program, functions: Functions = WORKING, *, count: bool = False
+    ) -> tuple[list[float], int]:
         """As `FlowWay.run`; what crosses is counted by the copies that Ray made."""
         seconds = []
         refs = []
         source = task.remote(generate, program.nbytes)
         for _ in range(program.batches):
             begun = time.perf_counter()
-            first = [task.remote(step, source) for _ in range(program.maps)]
-            second = [task.remote(step, each) for each in first]
+            first = [task.remote(functions.step, source) for _ in range(program.maps)]
+            second = [task.remote(functions.step, each) for each in first]
             parts = program.nbytes // program.piece
-            cuts = [task.remote(cut, parts, each) for each in second]
+            cuts = [task.remote(functions.cut, parts, each) for each in second]
             out = await asyncio.gather(*(actor.reduce.remote(*cuts) for actor in self._reducers))
             seconds.append(time.perf_counter() - begun)
-            check([total for total, _ in out], program)
+            check([total for total, _ in out], program, functions)
             refs += [*first, *second, *cuts] if count else []
         crossed = 0
         if count:
@@ -196,8 +240,9 @@ class RayWay:
             ray.kill(handle)
 
 
-def check(totals: Sequence[float], program: Program) -> None:
+def check(totals: Sequence[float], program: Program, functions: Functions) -> None:
     """What came out is right, to the rounding of float32."""
+    wanted = expected(program, functions)
     for total in totals:
-        if abs(total - expected(program)) > 1e-3 * expected(program):
-            raise RuntimeError(f"a reducer got {total}, not {expected(program)}")
+        if abs(total - wanted) > 1e-3 * wanted:
+            raise RuntimeError(f"a reducer got {total}, not {wanted}")

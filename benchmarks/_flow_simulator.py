@@ -2,8 +2,8 @@
 
 A machine is nodes with slots, and a full-duplex link of each node to a fabric that joins them,
 which may be slower than all links together. A tensor crosses to a node once, as the relay of
-aiordt and the object store of Ray both see to. What a task waits for is brought as soon as it is
-placed.
+aiordt and the object store of Ray both see to; but those that are too small for the relay cross
+for each who uses them. What a task waits for is brought as soon as it is placed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,23 @@ class Machine:
         nodes: How many.
         slots: Tasks that each runs at a time.
         bandwidth: Of a node's link, each way, in bytes a second.
+        burst: Bytes that a link carries at once if it had nothing to carry before (a token bucket).
         fabric: Of all links together, in bytes a second; 0: as much as they can bring.
         latency: Of a transfer, in seconds.
         call: What a task or call takes besides its work, in seconds.
         rate: At which a task works on what comes in, in bytes a second.
+        relayed: From how many bytes on a tensor crosses only once to a node.
     """
 
     nodes: int
     slots: int
     bandwidth: float = 1.25e9
+    burst: float = 0.0
     fabric: float = 0.0
     latency: float = 100e-6
     call: float = 1.5e-3
     rate: float = 2e9
+    relayed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,12 +309,14 @@ class Simulation:
         """When a result is on a node; the first who asks has it brought."""
         if node == result.node:
             return self._now
-        if node not in result.there:
+        if node not in result.there or result.nbytes < self._machine.relayed:
             takes = result.nbytes / self._machine.bandwidth
+            ahead = self._machine.burst / self._machine.bandwidth
             # Transfers share links: one is done when the last of them has carried all before it.
             ends = [
-                _carried(self._out, result.node, self._now, takes),
-                _carried(self._in, node, self._now, takes),
+                self._now,
+                _carried(self._out, result.node, self._now, takes) - ahead,
+                _carried(self._in, node, self._now, takes) - ahead,
             ]
             if self._machine.fabric:
                 takes = result.nbytes / self._machine.fabric

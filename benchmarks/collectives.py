@@ -116,7 +116,9 @@ class Settings:
 
     def count(self, nbytes: int) -> int:
         """How many operations of this size are timed in a round."""
-        return 4 if nbytes > 16 * MIB else 10 if nbytes > MIB else 25
+        if nbytes > MIB:
+            return 4 if nbytes > 16 * MIB else 10
+        return 25 if nbytes > 64 * KIB else 100
 
 
 class Job(NamedTuple):

@@ -1,9 +1,9 @@
 """Asynchronous actor-learner training of CartPole-v1 over aiordt (``make demo``).
 
-One learner and several samplers, all asyncio actors. Trajectories go to the learner, and weights
-to the samplers, as refs; each side pulls what it needs with ``await`` and goes on with its own
-work meanwhile: a sampler acts with its old weights until the new ones are there. The learner
-writes its weights in place, once `aiordt.wait_tensor_freed` says that nobody reads them.
+One learner and several samplers, all asyncio actors. Trajectories go to the learner by channels,
+whose credit keeps a sampler from running ahead. The learner publishes its weights after each
+update and waits for nobody: what readers get are copies, so it goes on to change its own in place.
+A sampler acts with its old weights until the new ones are there.
 
 The algorithm is PPO with generalised advantages. Its ratio is taken against the policy that
 acted, so that a trajectory may be a few versions old. Runs differ, even with one seed: who is
@@ -18,7 +18,7 @@ import collections
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,10 +36,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import aiordt
+from aiordt.weights import publisher, subscriber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
+    from aiordt.weights import Publisher, Subscriber
+
+NAME = "policy"
 SOLVED = 475.0  # mean return of the last 100 episodes, as Gymnasium defines it
 NUM_ENVS = 16  # in each sampler
 NUM_STEPS = 128  # of each environment in a trajectory
@@ -50,19 +54,12 @@ REWARD_SCALE = 0.01  # an endless episode's discounted return is then 1
 
 
 class Trajectory(NamedTuple):
-    """What a sampler saw. Its tensors, (steps, environments, ...), are refs on the way."""
+    """What a sampler saw. Its tensors are (steps, environments, ...)."""
 
     tensors: dict[str, Tensor]
-    returns: list[float]  # of the episodes that ended; no tensor, so it travels by Ray
+    returns: list[float]  # of the episodes that ended
     version: int  # of the weights when it began
-    pull_seconds: float  # how long the sampler's last pull of weights took
-
-
-class Weights(NamedTuple):
-    """The policy's weights. Its tensors are refs on the way."""
-
-    version: int
-    tensors: dict[str, Tensor]
+    syncs: list[float]  # for each version that came since the last one: seconds from its publishing
 
 
 @dataclass
@@ -74,8 +71,8 @@ class Status:
     num_episodes: int = 0
     num_steps: int = 0
     num_syncs: int = 0
+    sync_seconds: float = 0.0
     staleness: float = 0.0  # versions from acting to learning, a running mean
-    pull_seconds: float = 0.0
     finished: bool = False
 
     def describe(self) -> str:
@@ -83,7 +80,7 @@ class Status:
         return (
             f"{self.seconds:3.0f} s  {self.num_episodes:4d} episodes  "
             f"{self.num_steps / max(self.seconds, 1):5,.0f} steps/s  "
-            f"{self.num_syncs:3d} syncs  pull {self.pull_seconds * 1e3:4.1f} ms"
+            f"{self.num_syncs:3d} syncs of {self.sync_seconds * 1e3:4.1f} ms"
         )
 
 
@@ -105,7 +102,7 @@ def make_policy() -> nn.Sequential:
 
 
 class Measured(aiordt.AsyncActor):
-    """An actor that times its pulls and its event loop."""
+    """An actor that times its event loop."""
 
     def __init__(self, seed: int) -> None:
         torch.set_num_threads(1)  # several actors share the cores
@@ -127,12 +124,6 @@ class Measured(aiordt.AsyncActor):
             await asyncio.sleep(0.005)
             self.timings["loop lag"].append(time.perf_counter() - due)
 
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.timings[what].append(time.perf_counter() - started)
-
 
 @ray.remote
 class Learner(Measured):
@@ -147,55 +138,16 @@ class Learner(Measured):
         )
         self.status = Status()
         self.episodes: list[tuple[float, float]] = []  # when it was learnt from, its return
-        self.news = asyncio.Condition()  # something below, or `finished`, has changed
-        self.version = 1
-        self.writing = False  # the weights are about to change
-        self.asking: list[int] = []  # the versions of those who wait for newer ones
-        self.queue: list[Trajectory] = []
+        self.turn = asyncio.Lock()  # of whose trajectory is learnt from
+        self.version = 0
 
-    @aiordt.method
-    async def weights(self, newer_than: int) -> Weights | None:
-        """Wait for weights newer than that; None when there will be no more."""
-        async with self.news:
-            self.asking.append(newer_than)
-            await self.news.wait_for(
-                lambda: self.status.finished or (self.version > newer_than and not self.writing)
-            )
-            self.asking.remove(newer_than)
-            self.news.notify_all()
-        if self.status.finished:
-            return None
-        self.status.num_syncs += 1
-        return Weights(self.version, self.policy.state_dict())
-
-    async def submit(self, refs: Trajectory) -> bool:
-        """Take a trajectory; return, once there is room for it, whether more are wanted."""
-        with self._timed("pull"):
-            trajectory = await aiordt.get(refs)
-        async with self.news:
-            await self.news.wait_for(lambda: self.status.finished or not self.queue)
-            self.queue.append(trajectory)
-            self.news.notify_all()
-        return not self.status.finished
-
-    async def train(self, limit: float) -> None:
+    async def train(self, samplers: list[aiordt.Receiver], limit: float) -> None:
         """Train until it is solved or that many seconds are over."""
         started = time.perf_counter()
-        while not self.status.finished:
-            trajectory = await self._next_trajectory()
-            self._account(trajectory, time.perf_counter() - started)
-            # In threads, so that the loop goes on. The samplers pull during the first.
-            data = await asyncio.to_thread(self._prepare, trajectory.tensors)
-            self.writing = True  # from here on no refs are handed out, so the wait has an end
-            with self._timed("wait freed"):
-                await aiordt.wait_tensor_freed(list(self.policy.parameters()))
-            await asyncio.to_thread(self._improve, data)
-            async with self.news:
-                self.version += 1
-                self.writing = False
-                solved = len(self.episodes) >= 100 and self.status.mean_return >= SOLVED
-                self.status.finished = solved or self.status.seconds >= limit
-                self.news.notify_all()
+        async with await publisher(NAME) as weights, asyncio.TaskGroup() as group:
+            await self._publish(weights)
+            for sampler in samplers:
+                group.create_task(self._learn_from(sampler, weights, started, limit))
 
     async def progress(self) -> Status:
         """How far it is."""
@@ -205,15 +157,29 @@ class Learner(Measured):
         """When each episode was learnt from, in seconds, and its return."""
         return self.episodes
 
-    async def _next_trajectory(self) -> Trajectory:
-        # Whoever waits for the present version gets it first. Else trajectories that are
-        # there already would start one update after the other, and no reader had a chance.
-        async with self.news:
-            await self.news.wait_for(
-                lambda: self.queue and all(have >= self.version for have in self.asking)
-            )
-            self.news.notify_all()
-            return self.queue.pop(0)
+    async def _learn_from(
+        self, sampler: aiordt.Receiver, weights: Publisher, started: float, limit: float
+    ) -> None:
+        async with sampler:
+            async for trajectory in sampler:  # good until the next one is asked for
+                async with self.turn:
+                    if self.status.finished:
+                        break
+                    self._account(trajectory, time.perf_counter() - started)
+                    # In a thread, so that the loop goes on.
+                    await asyncio.to_thread(self._improve, trajectory.tensors)
+                    await self._publish(weights)
+                    solved = len(self.episodes) >= 100 and self.status.mean_return >= SOLVED
+                    self.status.finished = solved or self.status.seconds >= limit
+
+    async def _publish(self, weights: Publisher) -> None:
+        self.version += 1
+        started = time.time()  # by the clock that samplers have too
+        # A tensor: for a plain value that is new each time, readers would have to ask once more.
+        published = torch.tensor(started, dtype=torch.float64)
+        tree = {"published": published, "policy": self.policy.state_dict()}
+        await weights.publish(tree, version=self.version)
+        self.timings["publish"].append(time.time() - started)
 
     def _account(self, trajectory: Trajectory, seconds: float) -> None:
         self.episodes += [(seconds, value) for value in trajectory.returns]
@@ -223,7 +189,9 @@ class Learner(Measured):
         self.status.num_episodes = len(self.episodes)
         self.status.num_steps += int(trajectory.tensors["valid"].sum())
         self.status.staleness += 0.1 * (self.version - trajectory.version - self.status.staleness)
-        self.status.pull_seconds = trajectory.pull_seconds
+        self.status.num_syncs += len(trajectory.syncs)
+        if trajectory.syncs:
+            self.status.sync_seconds = trajectory.syncs[-1]
 
     def _prepare(self, seen: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Work out advantages and value targets."""
@@ -240,8 +208,9 @@ class Learner(Measured):
         names = ("observation", "action", "log_prob", "advantage", "target")
         return tuple(seen[name][seen["valid"]] for name in names)
 
-    def _improve(self, data: tuple[Tensor, ...]) -> None:
+    def _improve(self, seen: dict[str, Tensor]) -> None:
         """One update of PPO, in place."""
+        data = self._prepare(seen)
         decay = max(0.1, 1 - self.version / 300)  # high rates unlearn what is learnt
         policy, critic = self.optimizer.param_groups
         policy["lr"], critic["lr"] = POLICY_RATE * decay, CRITIC_RATE * decay
@@ -269,7 +238,7 @@ class Learner(Measured):
 
 @ray.remote
 class Sampler(Measured):
-    """Acts, and keeps its weights fresh meanwhile."""
+    """Acts, while newer weights are on their way."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -279,44 +248,27 @@ class Sampler(Measured):
         self.observation, _ = self.envs.reset(seed=seed)
         self.ended = np.zeros(NUM_ENVS, dtype=bool)
         self.returns = np.zeros(NUM_ENVS)
-        self.policy, self.spare = make_policy(), make_policy()
+        self.policy = make_policy()
         self.version = 0
+        self.syncs: list[float] = []  # since the last trajectory
 
-    async def run(self, learner: Any) -> None:  # noqa: ANN401  (an actor handle)
+    async def run(self, learner: aiordt.Sender) -> None:
         """Act until the learner has had enough."""
-        await self._load(await learner.weights.remote(newer_than=0))
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._act(learner))
-            group.create_task(self._sync(learner))
+        async with learner, await subscriber(NAME) as weights, asyncio.TaskGroup() as group:
+            self._load(*await weights.latest())
+            group.create_task(self._sync(weights))
+            with suppress(aiordt.ClosedError):
+                while True:
+                    await learner.send(await self._rollout())
 
-    async def _sync(self, learner: Any) -> None:  # noqa: ANN401
-        # No variable here may keep the refs. The learner writes newer weights only when all
-        # refs to the last ones are gone, and this waits for the newer ones.
-        while await self._load(await learner.weights.remote(newer_than=self.version)):
-            pass
+    async def _sync(self, weights: Subscriber) -> None:
+        async for version, tree in weights:
+            self._load(version, tree)
 
-    async def _load(self, weights: Weights | None) -> bool:
-        """Pull weights into the network that rests, then act with that one."""
-        if weights is None:
-            return False
-        with self._timed("pull"):
-            await aiordt.get(weights.tensors, into=self.spare.state_dict())
-        self.policy, self.spare = self.spare, self.policy
-        self.version = weights.version
-        return True
-
-    async def _act(self, learner: Any) -> None:  # noqa: ANN401
-        """Send one trajectory after the other; the next is begun while one is on its way."""
-        sending = asyncio.create_task(self._send(learner, await self._rollout()))
-        while True:
-            trajectory = await self._rollout()
-            if not await sending:
-                break
-            sending = asyncio.create_task(self._send(learner, trajectory))
-
-    async def _send(self, learner: Any, trajectory: Trajectory) -> bool:  # noqa: ANN401
-        wanted: bool = await learner.submit.remote(await aiordt.put(trajectory))
-        return wanted
+    def _load(self, version: int, tree: dict[str, Any]) -> None:
+        self.policy.load_state_dict(tree["policy"], assign=True)
+        self.version = version
+        self.syncs.append(time.time() - float(tree["published"]))
 
     async def _rollout(self) -> Trajectory:
         version, returns, rows = self.version, [], []
@@ -332,12 +284,14 @@ class Sampler(Measured):
             returns += self.returns[self.ended].tolist()
             self.returns[self.ended] = 0
             rows.append(row)
-            await asyncio.sleep(0)  # pulls, and whatever else there is, go on between steps
+            await asyncio.sleep(0)  # weights, and whatever else there is, arrive between steps
         tensors = {
             name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]
         }
         tensors["last"] = torch.as_tensor(self.observation)[None]
-        return Trajectory(tensors, returns, version, self.timings["pull"][-1])
+        syncs, self.syncs = self.syncs, []
+        self.timings["sync"] += syncs
+        return Trajectory(tensors, returns, version, syncs)
 
     @torch.inference_mode()
     def _choose(self) -> tuple[Tensor, Tensor]:
@@ -369,9 +323,12 @@ async def watch(learner: Any, console: Console) -> None:  # noqa: ANN401
 
 async def summary(actors: Mapping[str, Any]) -> Table:
     """What each actor measured of itself."""
-    title = "p50 / p99 in ms, all beside the actor's own work on its loop and cores"
+    title = (
+        "p50 / p99 in ms, all beside the actor's own work on its loop and cores\n"
+        "sync: from the learner's publishing until a sampler has the weights"
+    )
     table = Table("actor", title=title, box=box.SIMPLE_HEAD)
-    headings = ("pull", "loop lag", "wait freed")
+    headings = ("publish", "sync", "loop lag")
     for heading in ("pulled", *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, actor in actors.items():
@@ -410,9 +367,12 @@ async def run(options: argparse.Namespace, console: Console) -> int:
     actors = {"learner": learner, **{f"sampler {i}": each for i, each in enumerate(samplers)}}
     console.print(f"Starting a learner and {options.samplers} samplers ...")
     await asyncio.gather(*(actor.start.remote() for actor in actors.values()))
+    # A trajectory is larger than this credit, so it goes alone: while it is learnt from, the next
+    # one is sampled, and then waits in `send`. More of them would be of older policies.
+    channels = [await aiordt.channel(sampler, learner, capacity=1) for sampler in samplers]
     await asyncio.gather(
-        learner.train.remote(options.seconds),
-        *(sampler.run.remote(learner) for sampler in samplers),
+        learner.train.remote([rx for _, rx in channels], options.seconds),
+        *(each.run.remote(tx) for each, (tx, _) in zip(samplers, channels, strict=True)),
         watch(learner, console),
     )
 

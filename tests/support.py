@@ -6,6 +6,8 @@ import asyncio
 import gc
 import inspect
 import os
+import select
+import signal
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 MIB = 1 << 20
+#: After which a program that a test runs is taken to hang.
+PROGRAM_SECONDS = 240
 
 
 class NodeActor(aiordt.AsyncActor):
@@ -95,10 +99,20 @@ def on_phase(action: Callable[[str], None] | None) -> None:
 
 
 async def eventually(
-    check: Callable[[], Awaitable[Any] | Any], *, seconds: float = 15.0, what: str = "condition"
+    check: Callable[[], Awaitable[Any] | Any], *, seconds: float = 60.0, what: str = "condition"
 ) -> Any:
-    """Poll until ``check`` is true; its value. A busy machine starts actors slowly."""
+    """Poll until ``check`` is true; its value. A busy machine needs up to 40 s for two actors."""
     return await testing.eventually(check, what=what, within=seconds)
+
+
+async def kill(pid: int) -> None:
+    """Kill a process and wait for its end: until then others can still read its memory."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        await eventually(lambda: bool(select.select([pidfd], [], [], 0)[0]), what=f"{pid} is gone")
+    finally:
+        os.close(pidfd)
 
 
 async def drained(*nodes: Any) -> None:

@@ -5,9 +5,9 @@ Not aiordt: the path of the worker's job, with the entry points that are there, 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
-import time
 
 import coverage
 import ray  # noqa: F401  (like torch, before coverage begins: it would slow imports down)
@@ -33,12 +33,21 @@ def measure() -> None:
     current = coverage.process_startup()
     assert current is not None
 
+    ending = threading.Event()
+
     def flush() -> None:
-        while True:
-            time.sleep(0.3)
+        while not ending.wait(0.3):
             current.save()
 
-    threading.Thread(target=flush, daemon=True, name="coverage-flusher").start()
+    flusher = threading.Thread(target=flush, daemon=True, name="coverage-flusher")
+    flusher.start()
+
+    def end() -> None:
+        """Save no more: a thread that is in SQLite while the interpreter ends may crash it."""
+        ending.set()
+        flusher.join()
+
+    atexit.register(end)
 
 
 if os.environ.get(_MEASURED):

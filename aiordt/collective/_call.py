@@ -46,9 +46,10 @@ if TYPE_CHECKING:
     from aiordt.collective._bundle import Unit
     from aiordt.collective._steps import Steps
 
-#: Up to here the payload travels with the descriptor, to each other member: in a large group less.
-_INLINE_NBYTES: Final = 64 * KIB
+#: Up to here, over all other members, the payload travels with the descriptor. For two members
+#: 128 KiB take 165 µs so, of which the loop is busy for less than 100, and 450 by a `Mover`.
 _INLINE_TOTAL_NBYTES: Final = 128 * KIB
+#: ... but always up to here.
 _INLINE_LEAST_NBYTES: Final = 4 * KIB
 _LENGTH: Final = struct.Struct("!I")
 
@@ -284,8 +285,7 @@ def refusal(call: Call, error: str) -> Steps:
 
 def inline_nbytes(size: int) -> int:
     """How many bytes travel with the descriptor in a group of this size."""
-    share = _INLINE_TOTAL_NBYTES // max(1, size - 1)
-    return max(_INLINE_LEAST_NBYTES, min(_INLINE_NBYTES, share))
+    return max(_INLINE_LEAST_NBYTES, _INLINE_TOTAL_NBYTES // max(1, size - 1))
 
 
 def _split(said: bytes) -> tuple[bytes, memoryview]:

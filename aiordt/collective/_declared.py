@@ -30,9 +30,10 @@ from aiordt._errors import (
 from aiordt._export import export, export_blocking
 from aiordt._get import fetch_objects
 from aiordt._into import is_tensor_ref
-from aiordt._landing import dtype_of
+from aiordt._landing import dtype_of, num_bytes
 from aiordt._progress import run_all
 from aiordt._ref import TensorRef, header_of
+from aiordt._relay import MIN_NBYTES
 from aiordt._tree import Flat, match, place
 from aiordt.collective import _rules
 from aiordt.collective._made import made_by
@@ -237,7 +238,8 @@ class Declared:
             raise InvalidValueError(f"{self._name}: no rank {self._root} in {group!r}")
         runtime = self._runtime
         lane = FIRST_LANE | random.getrandbits(61)
-        requests = [self._request(lane, rank, inputs) for rank in range(group.size)]
+        pulled = self._is_pulled(group, inputs)
+        requests = [self._request(lane, rank, inputs, pulled=pulled) for rank in range(group.size)]
         asking = asyncio.run_coroutine_threadsafe(
             _ask_all(runtime, group, requests, self._name), runtime.io.loop
         )
@@ -272,9 +274,19 @@ class Declared:
         with suppress(RuntimeError):  # its loop has ended
             runtime.io.loop.call_soon_threadsafe(lambda: runtime.io.spawn(drop()))
 
-    def _request(self, lane: int, rank: int, inputs: _Inputs) -> list[object]:
+    def _is_pulled(self, group: Group, inputs: _Inputs) -> bool:
+        """Whether members pull what one of them has: once for each host, which serve each other."""
+        if self._kind != "broadcast":
+            return False
+        hosts = {group.member(rank).address.host for rank in range(group.size)}
+        metas = [ref.meta for ref in inputs.leaves[0]]
+        in_host_memory = not any(meta.device for meta in metas)
+        return len(hosts) > 1 and in_host_memory and sum(map(num_bytes, metas)) >= MIN_NBYTES
+
+    def _request(self, lane: int, rank: int, inputs: _Inputs, *, pulled: bool) -> list[object]:
         from_root = self._kind in _rules.FROM_ROOT
         brings = not from_root or rank == self._root
+        described = brings or pulled
         leaves = inputs.leaves[0 if from_root else rank]
         brought = [
             (ref.header.key, ref.index, _wire.pack_meta(ref.meta), ref.inline) for ref in leaves
@@ -290,8 +302,9 @@ class Declared:
                 inplace,
                 self._dim,
                 self._timeout,
-                brought if brings else None,
-                [] if brings else wanted,
+                brought if described else None,
+                [] if described else wanted,
+                pulled,
             )
         )
 

@@ -20,13 +20,13 @@ from typing_extensions import override
 
 from aiordt._arena import arena
 from aiordt._errors import AiordtError, OwnerDiedError
-from aiordt._progress import post
+from aiordt._progress import post, yield_core
 from aiordt._types import KIB, MIB
 from aiordt.collective._call import Mover
 from aiordt.collective._kernels import Reduction
 from aiordt.collective._rules import FROM_ROOT, REDUCING, working_dtype
 from aiordt.collective._steps import Pending, Step
-from aiordt.transports._job import copy_piece
+from aiordt.transports._job import copy_piece, cuts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
@@ -42,8 +42,6 @@ _log = logging.getLogger(__name__)
 
 #: Of a reduction: small enough for the cache, large enough for a system call each.
 _PIECE_NBYTES: Final = 256 * KIB
-#: Of a copy.
-_CHUNK_NBYTES: Final = 4 * MIB
 #: After so many bytes the thread looks whether the group goes on.
 _ATTEND_NBYTES: Final = 64 * MIB
 #: Of a tensor: the number of its shared segment (0: it is in none), and its address.
@@ -269,8 +267,7 @@ class DirectMover(Mover):
 
     def _read(self, rank: int, remote: _Remote, offset: int, target: int, nbytes: int) -> None:
         """Copy some of a tensor of another member to ``target`` here."""
-        for start in range(0, nbytes, _CHUNK_NBYTES):
-            some = min(_CHUNK_NBYTES, nbytes - start)
+        for start, some in cuts(nbytes):
             begin = offset + start
             if remote.seen is not None:
                 copy_piece((remote.seen.data_ptr() + begin, target + start, some))
@@ -282,7 +279,8 @@ class DirectMover(Mover):
             self._attend(some)
 
     def _attend(self, nbytes: int) -> None:
-        """Hear now and then whether the group goes on."""
+        """Let a loop have this core; hear now and then whether the group goes on."""
+        yield_core()
         self._unattended += nbytes
         if self._unattended >= _ATTEND_NBYTES:
             self._unattended = 0

@@ -186,6 +186,8 @@ class Engine(Listener):
             ready = self._claim(operation)
             if ready and not light:
                 self._ready.append(operation)
+        if not light:
+            self.mesh.reclaim()
         if ready and light:
             self._advance(operation)
         elif ready:
@@ -199,7 +201,7 @@ class Engine(Listener):
                 try:
                     return await operation.future
                 finally:
-                    self.mesh.give_back()
+                    self.mesh.give_back(keep=not self._operations)
         return await operation.future
 
     def _take(self, operation: _Operation, step: Step) -> None:

@@ -9,6 +9,7 @@ Invariants:
     REQ-2  Results that nobody fetches are dropped: when their asker says so, and when it is gone.
     REQ-3  An asker that is gone before it asked all members ends the group: some wait for others
            that will never come.
+    REQ-4  What members pull from the root it holds until all have it: the barrier is its end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from aiordt._landing import dtype_of, unpack_plain
 from aiordt._leaves import as_array, as_tensor
 from aiordt._memory import raw_bytes
 from aiordt._progress import finish
+from aiordt._ref import TensorRef, header_of, held_ref
 from aiordt._slices import view_of
 from aiordt._types import DTYPE_CODES, MIB
 from aiordt.collective._member import MemberGroup
@@ -34,7 +36,9 @@ from aiordt.collective._steps import Ended
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from aiordt._landing import Header
     from aiordt._runtime import Runtime
+    from aiordt.collective._members import Member
     from aiordt.collective._service import Membership
 
 #: Lanes of requests: above all tags.
@@ -70,6 +74,7 @@ class Request(NamedTuple):
         timeout: In seconds, after which the group ends.
         brought: Its tensors: key, number, description and bytes by value of each; or ``None``.
         wanted: Shape, dtype and flags of what a member that brings none gets.
+        pulled: Whether ``brought`` are the root's, which the others pull.
     """
 
     lane: int
@@ -81,6 +86,7 @@ class Request(NamedTuple):
     timeout: float | None
     brought: list[tuple[bytes, int, bytes, bytes | None]] | None
     wanted: list[tuple[tuple[int, ...], int, int]]
+    pulled: bool
 
 
 class Requests:
@@ -100,7 +106,7 @@ class Requests:
         request = Request(*body)
         lane = request.lane
         self._askers[lane] = peer_id
-        task = asyncio.ensure_future(self._serve(MemberGroup(membership), request))
+        task = asyncio.ensure_future(self._serve(membership, request))
         self._served[lane] = membership, task
 
         def served(task: asyncio.Task[object]) -> None:
@@ -112,23 +118,32 @@ class Requests:
         task.add_done_callback(served)
         return await asyncio.shield(task)
 
-    async def _serve(self, group: MemberGroup, request: Request) -> object:
+    async def _serve(self, membership: Membership, request: Request) -> object:
+        group = MemberGroup(membership)
         with contextlib.ExitStack() as stack:
             try:
-                leaves = await self._leaves(request, stack)
+                if request.pulled and group.rank != request.root:
+                    leaves = await self._pull(membership.members[request.root], request)
+                else:
+                    leaves = await self._leaves(request, stack)
             except AiordtError as exc:
                 with contextlib.suppress(UsageError):  # what all members raise
                     await group.refuse(request.kind, str(exc), request.lane)  # REQ-1
                 raise exc.said(f"rank {group.rank}") from exc
-            found = await group._run(  # noqa: SLF001
-                request.kind,
-                leaves,
-                op=request.op,
-                root=request.root,
-                inplace=request.inplace or request.brought is None,
-                timeout=request.timeout,
-                lane=request.lane,
-            )
+            if request.pulled:  # REQ-4
+                timeout = request.timeout
+                await group._run("barrier", None, timeout=timeout, lane=request.lane)  # noqa: SLF001
+                found = leaves
+            else:
+                found = await group._run(  # noqa: SLF001
+                    request.kind,
+                    leaves,
+                    op=request.op,
+                    root=request.root,
+                    inplace=request.inplace or request.brought is None,
+                    timeout=request.timeout,
+                    lane=request.lane,
+                )
         if request.inplace:
             return [IN_PLACE]
         if found is None:
@@ -161,6 +176,19 @@ class Requests:
             leaves.append(as_array(part) if meta.flags & _wire.FLAG_NUMPY else part)
         stack.enter_context(registry.holding(held))
         return leaves
+
+    async def _pull(self, root: Member, request: Request) -> list[Any]:
+        """The root's tensors, which it holds until all members have them (REQ-4)."""
+        headers: dict[bytes, Header] = {}
+        refs = []
+        for key, number, packed, inline in request.brought or ():
+            header = headers.setdefault(key, header_of(root.address, root.owner, key))
+            header.noted = True
+            if inline is None:
+                refs.append(held_ref(header, number, packed, _wire.unpack_meta(packed)))
+            else:
+                refs.append(TensorRef(header, number, packed, None, inline))
+        return await self._runtime.pull_all(refs)
 
     async def _off_loop(self, leaves: Sequence[Any], work: Callable[[], list[Any]]) -> list[Any]:
         """Run ``work``, which copies these, on a worker thread if they are large."""

@@ -30,6 +30,7 @@ from aiordt._errors import (
     TransferError,
     UnavailableError,
 )
+from aiordt._progress import yield_core
 from aiordt._types import MIB
 from aiordt.collective._joining import LANE_BITS, Joining, apart
 from aiordt.collective._kernels import Reduction
@@ -330,6 +331,7 @@ def _reduce_share(op: str, sources: Sequence[torch.Tensor], out: torch.Tensor) -
         high = min(low + step, out.numel())
         pieces = [flat[low:high] for flat in flats]
         reduction(pieces, target[low:high], scratch[: high - low])
+        yield_core()  # a loop may wait for it
 
 
 def _agreed(engine: Engine, seconds: float) -> tuple[Library, list[_Member]]:

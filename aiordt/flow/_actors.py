@@ -236,6 +236,8 @@ class ReduceGroup(Group):
         self._by_partition = (
             len(inputs) == 1 and isinstance(inputs[0], ShuffleGroup) and inputs[0].size == size
         )
+        for group in inputs if size > 1 and not self._by_partition else ():
+            group.wide = True
 
     @property
     @override

@@ -149,6 +149,7 @@ class Work:
         renew: Forgets the inputs that a process took with it, so that they are made again;
             whether there were any, and which actors are gone.
         placed: Told where it goes.
+        wide: Whether many use what it returns.
     """
 
     group: int
@@ -158,6 +159,7 @@ class Work:
     located: Callable[[list[Any]], Located]
     renew: Callable[[str, list[Any]], Awaitable[tuple[bool, set[str]]]]
     placed: Callable[[Decision], None]
+    wide: bool
 
 
 @dataclass(slots=True)
@@ -422,7 +424,7 @@ class Context(AsyncResource):
     async def _call(work: Work, remote: Remote, arguments: list[Any]) -> tuple[bool, Any]:
         key, code = await work.function.pickled()
         call = remote.handle.run.options(name=work.label)
-        ref = call.remote(key, code, arguments)
+        ref = call.remote(key, code, arguments, wide=work.wide)
         try:
             done, result = await _ray.fetch(ref)
         except asyncio.CancelledError:

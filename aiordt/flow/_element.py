@@ -86,6 +86,7 @@ class Group(ABC):
 
     Attributes:
         pure: Whether an element may be made more than once.
+        wide: Whether many use the same element.
 
     Args:
         label: How errors call it.
@@ -98,6 +99,7 @@ class Group(ABC):
         self.label = label
         self.number = next_group()
         self.inputs = tuple(inputs)
+        self.wide = False
         self.decisions: dict[int, Decision] = {}
         self._elements: list[Element] | None = None
         self._expanding = Shared(self._expanded)
@@ -121,11 +123,9 @@ class Group(ABC):
         return ()
 
     async def count(self) -> int:
-        """How many elements there are, in the end."""
-        size = self.size
-        if size is None:
-            raise NotImplementedError
-        return size
+        """How many elements there are, in the end; to be overridden where `size` is not known."""
+        assert self.size is not None  # noqa: S101
+        return self.size
 
     async def elements(self) -> list[Element]:
         """All elements."""

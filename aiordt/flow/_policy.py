@@ -256,8 +256,21 @@ class GroupPolicy(Policy):
 
         total = sum(near.values())
         open_to = [node for node in near if draft.room(node) and self._willing(draft, node)]
-        for node in _fewest(open_to, near.__getitem__, draft.room, draft.order, left):
-            fill(node, "pack", f"{near[node]} of the group's {total} bytes are there")
+        chosen = _fewest(open_to, near.__getitem__, draft.room, draft.order, left)
+        if draft.request.actors:
+            # They stay, so each of their nodes gets everything: one without data may be better
+            # than several that have some.
+            roomy = [node for node in draft.cluster.nodes if draft.room(node)]
+            others = _fewest(roomy, lambda node: near.get(node, 0), draft.room, draft.order, left)
+
+            def brought(nodes: Sequence[str]) -> int:
+                return sum(total - near.get(node, 0) for node in nodes)
+
+            enough = sum(map(draft.room, chosen)) >= left
+            if not enough or brought(others) < brought(chosen):
+                chosen = others
+        for node in chosen:
+            fill(node, "pack", f"{near.get(node, 0)} of the group's {total} bytes are there")
         own = sorted(draft.own_nodes(), key=draft.order)
         for node in own:
             if draft.room(node) and self._willing(draft, node):

@@ -72,6 +72,7 @@ class TaskGroup(Group):
                 located=located,
                 renew=renew,
                 placed=placed,
+                wide=self.wide,
             )
         )
 
@@ -81,6 +82,7 @@ class BroadcastGroup(TaskGroup):
 
     def __init__(self, function: Any, n: int, args: Sequence[Any]) -> None:  # noqa: ANN401
         super().__init__("Broadcast", function)
+        self.wide = n > 1
         self._n = n
         self._args = args
 

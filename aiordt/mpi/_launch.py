@@ -40,10 +40,9 @@ uses aiordt.mpi.world(). SCRIPT may also be options of Python, such as -m MODULE
 Everything else before -- is for mpiexec.
 """
 
-#: From the end of the script to that of all ranks; else they are killed.
+#: From the end of the script, or of an actor, to that of all ranks; else they are killed, and
+#: with them what mpiexec says. Open MPI takes 2 s after a death, and more than 5 on a busy machine.
 _END_SECONDS: Final = 15.0
-#: Until the script has seen that an actor died; most mpiexecs end all ranks sooner.
-_DEATH_SECONDS: Final = 5.0
 #: From a signal until the ranks that do not heed it are killed.
 _GRACE_SECONDS: Final = 15.0
 _KILL_SECONDS: Final = 5.0
@@ -263,7 +262,7 @@ class _Launch:
 
     async def _watch_death(self) -> None:
         await self._hub.broken.wait()
-        await asyncio.sleep(_DEATH_SECONDS)
+        await asyncio.sleep(_END_SECONDS)
 
     async def _watch_end(self) -> None:
         """Wait until the ranks are late that should have ended by themselves."""

@@ -93,7 +93,7 @@ class Progress:
         self._delay = _LEAST_SECONDS
         self._eager_until = 0.0  # by the performance counter
         self._turning = threading.Lock()  # one thread at a time
-        self._drivers = 0  # threads in `drive`; under the lock
+        self._drivers = 0  # threads that drive, or are about to; under the lock
         threading.Thread(target=self._run, name="aiordt-mpi", daemon=True).start()
 
     def watch(
@@ -116,7 +116,8 @@ class Progress:
             keep: What MPI reads or writes.
             done: Must not raise; gets the error, if one failed.
             nbytes: How much MPI reads and writes.
-            driven: Whether the caller now calls `drive`; the thread sleeps until that returns.
+            driven: Whether the caller now calls `drive`; the thread moves nothing on until that
+                returns.
         """
         work = _Work(owner, keep, done, len(receives) + len(sends), receives)
 
@@ -126,17 +127,18 @@ class Progress:
                 self._works.append(work)
             self._happened(nbytes)
 
-        self._jobs.append(add)
-        if not driven:
-            self._wake.set()
+        if driven:
+            with self._turning:
+                self._drivers += 1
+                self._jobs.append(add)
+        else:
+            self._do(add)
 
     def drive(self, ended: Callable[[], bool]) -> None:
-        """Move all requests on until ``ended``, or nothing has happened for a while.
+        """Move all requests on until ``ended``, or nothing has happened for a while; after `watch`.
 
         Blocks, for some hundred µs or about as long as the bytes of the requests take.
         """
-        with self._turning:
-            self._drivers += 1
         while not ended():
             with self._turning:
                 self._turn()
@@ -210,7 +212,8 @@ class Progress:
             if not (self._requests or self._leaving):
                 self._wake.wait()
             with self._turning:
-                self._turn()
+                if not self._drivers:
+                    self._turn()
             self._rest()
 
     def _turn(self) -> None:

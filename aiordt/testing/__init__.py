@@ -4,8 +4,9 @@
   about more than 4 GiB; a `Pair` is what they are given, and `process_pairs` makes pairs for
   aiordt's transports and for yours.
 * `at_phase`, `record_phases`, `cancel_from_anywhere` and `cancel_randomly` strike at exact
-  points of a transfer, and at random ones.
+  points of a transfer, and at random ones; `strike_at_phase` kills or stops an actor there.
 * `FakeDevice` queues the work that makes tensors, and finishes it when the test says so.
+* `TcpProxy` stands between two processes, and stalls, ends, breaks or garbles what they say.
 * `check_leaks` and `Leaks` list what was left behind.
 * `eventually` and `wait_until` wait for a condition, with a deadline.
 """
@@ -23,9 +24,11 @@ from aiordt.testing._phases import (
     cancel_from_anywhere,
     cancel_randomly,
     record_phases,
+    strike_at_phase,
 )
 from aiordt.testing._polling import eventually, wait_until
 from aiordt.testing._process import ServingProcess, process_pairs
+from aiordt.testing._proxy import TcpProxy
 
 __all__ = [
     "Exported",
@@ -35,6 +38,7 @@ __all__ = [
     "Pair",
     "Phases",
     "ServingProcess",
+    "TcpProxy",
     "at_phase",
     "cancel_from_anywhere",
     "cancel_randomly",
@@ -44,5 +48,6 @@ __all__ = [
     "eventually",
     "process_pairs",
     "record_phases",
+    "strike_at_phase",
     "wait_until",
 ]

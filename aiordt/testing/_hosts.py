@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Self
 
+#: What a slow link lets through at once if it had nothing to carry before.
+SLOW_BURST_NBYTES: Final = 256 << 10
+
 _ROOT: Final = Path(aiordt.__file__).resolve().parent.parent
 _ADDRESSES: Final = ("10.77.0.1", "10.77.0.2")
 _GCS_PORT: Final = 6379
@@ -320,7 +323,7 @@ class TwoHosts:
             if megabits is None:
                 self._switch.execute("tc", "qdisc", "del", "dev", port, "root")
             else:
-                limit = f"rate {megabits}mbit burst 256kb latency 50ms".split()
+                limit = f"rate {megabits}mbit burst {SLOW_BURST_NBYTES} latency 50ms".split()
                 qdisc = ("tc", "qdisc", "replace", "dev", port, "root", "tbf")
                 self._switch.execute(*qdisc, *limit)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 from aiordt._metrics import phase
 
@@ -98,6 +100,45 @@ def at_phase(name: str, action: Callable[[], object], *, occurrence: int = 1) ->
 
     with _hooked(hook):
         yield phases
+
+
+async def strike_at_phase(
+    actor: Any,  # noqa: ANN401  (a handle of Ray's)
+    name: str,
+    number: int = signal.SIGKILL,
+    *,
+    occurrence: int = 1,
+) -> int:
+    """Let an actor's process send itself a signal at the moment when it reaches a phase.
+
+    SIGKILL ends it there. SIGSTOP stops all of it, until somebody sends SIGCONT to its process.
+
+    Args:
+        actor: The handle of the actor.
+        name: Name of the phase, e.g. ``"cma.chunk"``.
+        number: The signal.
+        occurrence: At which of the phase's announcements from now on, from 1.
+
+    Returns:
+        The id of its process; the strike is prepared, for once.
+
+    Raises:
+        AssertionError: Another watcher of phases is active there; Ray brings it.
+        ray.exceptions.RayError: The actor cannot be called.
+    """
+    pid: int = await actor.__ray_call__.remote(_prepare_strike, name, int(number), occurrence)
+    return pid
+
+
+def _prepare_strike(_actor: object, name: str, number: int, occurrence: int) -> int:
+    prepared = ExitStack()  # the hook keeps it
+
+    def strike() -> None:
+        prepared.close()
+        os.kill(os.getpid(), number)
+
+    prepared.enter_context(at_phase(name, strike, occurrence=occurrence))
+    return os.getpid()
 
 
 def cancel_from_anywhere(task: asyncio.Task[object]) -> None:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 #: Smaller parts are received in registered memory of our own: copying 64 KiB costs 4 µs,
 #: registering it with a network card 50 µs and more.
 BOUNCE_NBYTES: Final = 64 * KIB
-#: One transfer: 0.6 ms, for so long the lock is held where the call itself copies.
-CHUNK_NBYTES: Final = 8 * MIB
+#: One transfer: 1 ms, for so long the lock is held where the call itself copies.
+CHUNK_NBYTES: Final = 16 * MIB
 _CHUNK_ROWS: Final = 512
 #: Transfers of one read under way at once, where the network card does them.
 _WINDOW: Final = 4
@@ -333,22 +333,25 @@ class Read:
         for chunk in list(self._posted):
             moved |= self._advance(chunk, self._engine.agent.poll)
         while not self._stopped and len(self._posted) < _WINDOW:
+            coming: Chunk | None = None
             try:
                 if self._chunks is None:
                     self._chunks = self._all_chunks()
                     self._since = time.monotonic()
-                chunk = next(self._chunks)
+                coming = next(self._chunks)
+                phase("nixl.chunk")
             except StopIteration:
                 self._chunks = None
                 self._stopped = True
                 break
             except Exception as exc:  # noqa: BLE001  (handed to the waiter)
+                if coming is not None:
+                    self._engine.drop(coming)
                 self._fail(exc)
                 break
-            phase("nixl.chunk")
-            self._posted.append(chunk)
+            self._posted.append(coming)
             if self._advance(
-                chunk, lambda chunk: self._engine.agent.post(chunk, self._remote.name)
+                coming, lambda chunk: self._engine.agent.post(chunk, self._remote.name)
             ):
                 return True  # the call copied: let others have a turn
             moved = True

@@ -1,8 +1,8 @@
 """UCX itself: all that touches ucxx, and what is called in UCX's own library.
 
 Endpoints are made with error handling: only these can be closed while something is pending,
-and end what is pending when the other process dies. UCX would give up shared memory and
-cross-memory attach for that, unless it is told that both support it (`_SETTINGS`).
+and end what is pending when the other process dies. UCX would give up cross-memory attach for
+that, unless it is told that this supports it (`_SETTINGS`).
 
 UCX keeps registrations of memory until it sees the memory unmapped, by its hooks in libc's
 functions. Another copy of UCX in the process (nixl has one) takes these over, whereupon a new
@@ -20,6 +20,7 @@ Invariants:
            started, none outlives its message.
     UCX-7  An endpoint that has sent over TCP is closed when nothing of that waits to be taken
            by the kernel, or when it has failed.
+    UCX-8  No process writes to memory of another that a third one writes to, too.
 """
 
 from __future__ import annotations
@@ -58,13 +59,17 @@ with _environment():
     from ucxx._lib import libucxx
     from ucxx._lib.arr import Array
 
-#: UCX's own functions, of the very library that ucxx uses; called with the GIL, since each is
-#: over in a microsecond. Of ucxx's requests, none can be cancelled, and those that an endpoint's
-#: closing ends keep the endpoint and its worker for ever (0.52: a cycle of shared pointers).
+#: UCX's own functions, of the very library that ucxx uses. Of ucxx's requests, none can be
+#: cancelled, and those that an endpoint's closing ends keep the endpoint and its worker for ever
+#: (0.52: a cycle of shared pointers). Called with the GIL, since each is over in a microsecond;
+#: but not a receive: if its message was announced before, that call reads all of it from the
+#: other process (32 MiB: 2 ms).
 _ucp: Final = ctypes.PyDLL(libucxx.__file__)
+_receive: Final = ctypes.CDLL(libucxx.__file__).ucp_tag_recv_nbx
+_receive.restype = c_void_p
+_receive.argtypes = (c_void_p, c_void_p, c_size_t, c_uint64, c_uint64, c_void_p)
 for _name, _result, _arguments in (
     ("ucp_tag_send_nbx", c_void_p, (c_void_p, c_void_p, c_size_t, c_uint64, c_void_p)),
-    ("ucp_tag_recv_nbx", c_void_p, (c_void_p, c_void_p, c_size_t, c_uint64, c_uint64, c_void_p)),
     ("ucp_request_check_status", c_int8, (c_void_p,)),
     ("ucp_request_cancel", None, (c_void_p, c_void_p)),
     ("ucp_request_free", None, (c_void_p,)),
@@ -103,10 +108,13 @@ class UcxError(Exception):
 
 #: Settings of UCX, unless the environment has others.
 _SETTINGS: Final = {
-    # With error handling UCX uses shared memory and reads the other process's memory (10 GB/s
-    # in place of 1.4) only if these say that both support it. What the second one promises is
-    # that nobody touches a failed endpoint's memory; here the other end may read it, at most.
-    "MM_ERROR_HANDLING": "y",
+    # Not through queues in shared memory: all that write to a process share its one, and who is
+    # killed between taking a place in it and marking that as written stops it for good, for all
+    # of them. Small messages cost no more by TCP (128 KiB: 0.5 ms).
+    "TLS": "^posix,sysv",
+    # With error handling UCX reads the other process's memory (17 GB/s in place of 6) only if
+    # this says that it supports it. It promises that nobody touches a failed endpoint's memory;
+    # here the other end may read it, at most.
     "CMA_MEMORY_INVALIDATE": "y",
     # Twice as fast over TCP as with the defaults of 8 and 64 KiB.
     "TCP_TX_SEG_SIZE": "256K",
@@ -323,9 +331,7 @@ class Ucp:
 
     def receive(self, memory: memoryview, tag: int) -> Request:
         """Post a receive into ``memory``, of a message from anywhere."""
-        pointer = _ucp.ucp_tag_recv_nbx(
-            self._handle, address_of(memory), len(memory), tag, _ALL_BITS, _NO_PARAM
-        )
+        pointer = _receive(self._handle, address_of(memory), len(memory), tag, _ALL_BITS, _NO_PARAM)
         return Request(pointer, memory, forget=self._forget)
 
     def cancel(self, request: Request) -> None:

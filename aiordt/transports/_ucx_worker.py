@@ -46,9 +46,9 @@ _BLOCK_NBYTES: Final = 2 * MIB
 #: another one only if it waits for nothing else.
 _NUM_BLOCKS: Final = 8
 #: No message is larger: a cancelled transfer waits for those that are on their way.
-_SEGMENT_NBYTES: Final = 32 * MIB
+_SEGMENT_NBYTES: Final = 64 * MIB
 #: Receives that UCX is given at once; a cancelled transfer has to wait for its own.
-_WINDOW_NBYTES: Final = 128 * MIB
+_WINDOW_NBYTES: Final = 256 * MIB
 #: Before UCX is ended, what waits for TCP may take so long.
 _FLUSH_SECONDS: Final = 1.0
 #: A cancelled transfer on an endpoint where nothing moves for so long ends with it.

@@ -8,7 +8,8 @@ the owner answers with its place, size and descriptor, and says when a segment i
 Invariants:
     SHM-1  Memory is read only through a mapping of the segment whose number the ref names.
     SHM-2  A mapping outlives every tensor that was made on it.
-    SHM-3  Nothing here can write to an owner's memory.
+    SHM-3  Nothing here can write to an owner's memory: a write to what was mapped to be
+           written to (`ShmLink.copy_on_write`) makes copies of the pages, for this process.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import select
 import socket
 import struct
 import sys
+import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
@@ -69,6 +71,8 @@ class _Mapping:
         if os.fstat(fd).st_size < nbytes:
             raise ProtocolViolationError("a shared segment is smaller than its owner says")
         self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)  # SHM-3
+        self._fd = os.dup(fd)
+        weakref.finalize(self, os.close, self._fd).atexit = False
         if hasattr(mmap, "MADV_DONTFORK"):
             self._map.madvise(mmap.MADV_DONTFORK)
         self.base = base
@@ -90,6 +94,24 @@ class _Mapping:
                 nbytes=nbytes,
             )
         return self._here + offset
+
+    def copy_on_write(self, address: int, nbytes: int, keep: object) -> torch.Tensor:
+        """See `ShmLink.copy_on_write`. A mapping of its own: written pages must not be seen later.
+
+        Raises:
+            TransferError: They are not all in this segment.
+        """
+        offset = self.translate(address, nbytes) - self._here
+        start = offset - offset % mmap.PAGESIZE
+        pages = mmap.mmap(
+            self._fd,
+            offset - start + nbytes,
+            flags=mmap.MAP_PRIVATE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=start,
+        )
+        here: int = np.frombuffer(pages, dtype=np.uint8).ctypes.data
+        return lent_tensor(here + offset - start, nbytes, torch.uint8, self, (pages, keep))
 
     def take_back(self, block: object) -> None:
         """See `aiordt._memory.Home`: the tensor's end is the end of its hold on the mapping."""
@@ -142,10 +164,7 @@ class ShmLink(DrawingLink, SharedLink):
         self._check_alive()
         mappings = {}  # SHM-2: held until no worker reads any more
         for number in segments:
-            mapping = self._mappings.get(number)
-            if mapping is None:
-                mapping = await self._io.run(self._mapped(number))
-            mappings[number] = mapping
+            mappings[number] = await self._mapping(number)
         job = Job(self._chunks(parts, mappings), _copy, "shm.chunk")
         self._jobs.add(job)
         try:
@@ -194,13 +213,23 @@ class ShmLink(DrawingLink, SharedLink):
 
     @override
     async def view(self, segment: int, address: int, nbytes: int) -> torch.Tensor:
-        if segment not in self._mappings:
-            await self._io.run(self._mapped(segment))
+        await self._mapping(segment)
         self._check_alive()
         seen = self.view_nowait(segment, address, nbytes)
         if seen is None:
             raise self._failed("the owner has no such shared segment any more")
         return seen
+
+    @override
+    async def copy_on_write(
+        self, segment: int, address: int, nbytes: int, keep: object
+    ) -> torch.Tensor:
+        mapping = await self._mapping(segment)
+        self._check_alive()
+        try:
+            return mapping.copy_on_write(address, nbytes, keep)
+        except OSError as exc:
+            raise self._failed(f"mapping it: {exc.strerror}") from exc
 
     def view_nowait(self, segment: int, address: int, nbytes: int) -> torch.Tensor | None:
         """As `view`, but ``None`` if the segment is not mapped yet; any thread."""
@@ -209,6 +238,11 @@ class ShmLink(DrawingLink, SharedLink):
             return None
         here = mapping.translate(address, nbytes)
         return lent_tensor(here, nbytes, torch.uint8, mapping, mapping)  # SHM-2
+
+    async def _mapping(self, segment: int) -> _Mapping:
+        """A segment, mapped if need be; from any loop."""
+        mapping = self._mappings.get(segment)
+        return await self._io.run(self._mapped(segment)) if mapping is None else mapping
 
     async def _mapped(self, segment: int) -> _Mapping:
         """Map a segment, once for all who ask. On the io loop."""

@@ -1,4 +1,4 @@
-"""UCX, two-sided: shared memory, cross-memory attach, RDMA, CUDA, or TCP, as UCX finds them.
+"""UCX, two-sided: cross-memory attach, RDMA, CUDA, or TCP, as UCX finds them.
 
 A consumer asks over the control connection. The owner posts all messages of the answer at
 once and replies; of a large message only its announcement travels until the consumer posts

@@ -69,7 +69,8 @@ class Publisher(AsyncResource):
 
         Cost:
             A copy at memory speed, on a worker thread, and ~5 µs a tensor. New memory is made for
-            the first ``max_versions`` at most, and when the tree's shapes change.
+            the first ``max_versions`` at most, and when the tree's shapes change. A plain value
+            that is not what it was costs each reader another round trip; as a tensor it does not.
 
         Cancellation:
             Nothing is published, and the tree is not read any more.

@@ -20,14 +20,14 @@ DTYPES = [
     torch.complex64, torch.complex128, torch.float8_e5m2,
 ]  # fmt: skip
 #: Nothing; less than a rank each; inline; by the backend.
-SIZES = [0, 1, 7, 70_000]
+SIZES = [0, 1, 7, 140_000]
 
 
 @asynccontextmanager
 async def grouped(
     actors: Sequence[Any], backend: str = "auto", name: str = "g"
 ) -> AsyncIterator[aiordt.Group]:
-    async with await aiordt.create_group(actors, backend, name, timeout=80) as group:
+    async with await aiordt.create_group(actors, backend, name, timeout=200) as group:
         yield group
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from tests.support import PROGRAM_SECONDS
+
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "how-to" / "write_a_transport.md"
 
@@ -113,7 +115,7 @@ def run(package: Path, *command: str, **variables: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=80,
+        timeout=PROGRAM_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
 import threading
 import time
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +19,9 @@ import torch
 
 import aiordt
 from aiordt._config import PLANNED
-from tests.support import MIB, Node, arange, eventually, on_phase
+from aiordt.testing import at_phase, cancel_from_anywhere
+from tests.cluster.test_every_transport import BY
+from tests.support import MIB, Node, arange, eventually, kill, on_phase
 
 TRANSPORTS = ["make_cma", "make_tcp"]
 
@@ -152,7 +157,7 @@ async def test_owner_killed_before_the_pull(nodes: Any, spawn: Any) -> None:
     refs = []
     for transport in TRANSPORTS:
         refs += await getattr(a, transport).remote(lambda _: [arange(MIB), arange(300_000)])
-    os.kill(await a.pid.remote(), signal.SIGKILL)
+    await kill(await a.pid.remote())
     ends = await b.run.remote(pull_timed, refs)
     for text, seconds in ends:
         assert text.startswith("OwnerDiedError"), text
@@ -392,3 +397,37 @@ def test_errors_travel_through_ray(cluster: None) -> None:
     with pytest.raises(aiordt.TransferError) as caught:
         ray.get(fail.remote())
     assert caught.value.nbytes == 5
+
+
+def large(node: Any) -> torch.Tensor:
+    node.kept["t"] = aiordt.empty(24 * MIB, dtype=torch.uint8).fill_(3)
+    return node.kept["t"]
+
+
+async def _awaited(ref: aiordt.TensorRef, transport: str) -> None:
+    await aiordt.get(ref, transport=transport)
+
+
+@pytest.mark.parametrize("transport", BY)
+@pytest.mark.parametrize("how", ["killed", "cancelled"])
+async def test_a_pull_that_failed_keeps_no_ref(spawn: Any, how: str, transport: str) -> None:
+    """ERR-1: nor anything else of the caller's, until the garbage collector comes by."""
+    owner = spawn()
+    ref = await owner.make.remote(large)
+    pid = ref.owner.pid
+    task = asyncio.ensure_future(_awaited(ref, transport))
+    gone = weakref.ref(ref)
+    act = partial(cancel_from_anywhere, task) if how == "cancelled" else partial(os.kill, pid, 9)
+    gc.collect()
+    gc.disable()
+    try:
+        with at_phase("pull.admitted", act):
+            await asyncio.wait({task})
+        if how == "cancelled":
+            assert task.cancelled()
+        else:
+            assert isinstance(task.exception(), aiordt.OwnerDiedError)
+        del task, act, ref
+        await eventually(lambda: gone() is None, what="the ref is let go", seconds=5)
+    finally:
+        gc.enable()

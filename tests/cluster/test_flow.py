@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import mmap
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from typing_extensions import override
 
 import aiordt
 from aiordt import flow
-from tests.support import MIB, NodeActor, arange, eventually
+from tests.support import MIB, NodeActor, arange, eventually, forget, kill
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -106,6 +108,111 @@ async def test_a_graph(context: flow.Context, nodes: Any) -> None:
     assert len(workers) <= 2
     gathered = await flow.Gather(third)
     assert torch.equal(gathered[3], base() + 113)
+
+
+def spread() -> tuple[int, torch.Tensor]:
+    return os.getpid(), arange(4 * NBYTES)
+
+
+def write(amount: int, given: tuple[int, torch.Tensor]) -> tuple[int, torch.Tensor]:
+    maker, x = given
+    time.sleep(0.1)  # so that each worker gets some
+    if maker != os.getpid():  # there it is the broadcast itself
+        x += amount
+    return os.getpid(), x[NBYTES:]
+
+
+async def pulled(context: flow.Context) -> int:
+    workers = [remote.handle for remote in context.pool.workers]
+    ask = [worker.__ray_call__.remote(lambda _: aiordt.stats().bytes_pulled) for worker in workers]
+    return sum(await asyncio.gather(*ask))
+
+
+async def test_a_broadcast_is_not_copied_within_a_host(context: flow.Context) -> None:
+    many = flow.Broadcast(spread, 6)
+    maker, _ = (await many)[0]
+    before = await pulled(context)
+    found = await flow.Map(write, many, args=[[amount] for amount in range(6)])
+    assert await pulled(context) == before
+    elsewhere = [amount for amount, (where, _) in enumerate(found) if where != maker]
+    assert elsewhere, "not all ran beside it"
+    for amount in elsewhere:
+        assert torch.equal(await found[amount][1], arange(4 * NBYTES)[NBYTES:] + amount)
+    assert torch.equal(await (await many)[5][1], arange(4 * NBYTES)), "what others write is theirs"
+
+
+async def keep_all(node: Any, *refs: aiordt.TensorRef) -> tuple[int, float]:
+    before = aiordt.stats().bytes_pulled
+    node.kept["all"] = await aiordt.get(list(refs))
+    for tensor in node.kept["all"]:
+        tensor[0] += 1  # it is as good as a copy
+    return aiordt.stats().bytes_pulled - before, total_of(node)
+
+
+def total_of(node: Any) -> float:
+    return float(sum(tensor.sum() for tensor in node.kept["all"]))
+
+
+async def test_what_all_actors_get_is_not_copied_within_a_host(
+    context: flow.Context, nodes: Any
+) -> None:
+    made = flow.Map(add, [base(), base()], args=[[1], [2]])
+    copies = [base() + 1, base() + 2]
+    for copy in copies:
+        copy[0] += 1
+    wanted = float(sum(copy.sum() for copy in copies))
+    found = await flow.ReduceActors(NodeActor.run, nodes, made, args=[[keep_all]] * 3)
+    assert found == [(0, wanted)] * 3
+    assert torch.equal(await (await made)[1], base() + 2), "what others write is theirs"
+    del made
+    gc.collect()
+    held = [await worker.handle.__ray_call__.remote(exports) for worker in context.pool.workers]
+    assert sum(held) == 2, "the actors use them"
+    assert await nodes[0].run.remote(total_of) == wanted
+    for node in nodes:
+        await node.run.remote(forget)
+
+
+def kinds() -> dict[str, Any]:
+    t = arange(2 * NBYTES)
+    weight = torch.nn.Parameter(torch.ones(NBYTES))
+    return {"all": t, "part": t[10:NBYTES], "weight": weight, "array": t.numpy() + 1, "one": 1}
+
+
+def check_kinds(given: dict[str, Any]) -> str:
+    assert given["part"].data_ptr() == given["all"][10:].data_ptr(), "they share memory"
+    assert torch.equal(given["all"], arange(2 * NBYTES))
+    assert isinstance(given["weight"], torch.nn.Parameter)
+    assert given["weight"].sum() == NBYTES
+    given["array"][5] = 3
+    return type(given["array"]).__name__
+
+
+async def test_a_broadcast_of_many_kinds(context: flow.Context) -> None:
+    assert await flow.Map(check_kinds, flow.Broadcast(kinds, 4)) == ["ndarray"] * 4
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE
+
+
+def fill(_: object) -> int:
+    tensors = [torch.ones(2 * NBYTES) for _ in range(20)]
+    return len(tensors)
+
+
+async def test_an_idle_worker_gives_memory_back(context: flow.Context) -> None:
+    await flow.Map(fill, [0, 0])
+    pids = [await r.handle.__ray_call__.remote(lambda _: os.getpid()) for r in context.pool.workers]
+    full = [resident(pid) for pid in pids]
+    for _ in range(2):
+        await flow.Map(fill, [0] * 4)
+    assert all(resident(pid) < size + 64 * MIB for pid, size in zip(pids, full, strict=True))
+
+    def small() -> bool:
+        return any(resident(pid) < size - 100 * MIB for pid, size in zip(pids, full, strict=True))
+
+    await eventually(small, what="what is not used goes back")
 
 
 async def test_each_part_is_run_once(context: flow.Context, tmp_path: Path) -> None:  # SHR-1, ELM-1
@@ -307,7 +414,7 @@ async def test_lost_results_are_made_again(context: flow.Context, tmp_path: Path
     del first
     assert len(lines(path)) == 4
     for pid in {ref.owner.pid for ref in refs}:
-        os.kill(pid, signal.SIGKILL)
+        await kill(pid)
     gathered = await flow.Gather(second)
     assert all(torch.equal(each, base() + 2) for each in gathered)
     assert len(lines(path)) == 8

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import PROGRAM_SECONDS
+
 SCRIPT = Path(__file__).with_name("flow_nodes.py")
 
 
@@ -21,7 +23,7 @@ def test_groups_are_placed_and_a_lost_node_is_made_up_for() -> None:  # FLW-1
         env=environment,
         capture_output=True,
         text=True,
-        timeout=85,
+        timeout=PROGRAM_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

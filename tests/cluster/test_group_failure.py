@@ -34,7 +34,7 @@ async def wait_for_peers(actor: Any, calls: list[str]) -> list[tuple[str, float]
         "small": lambda: g.allreduce(torch.ones(3)),
         "large": lambda: g.allreduce(large),
         "tagged": lambda: g.allreduce(torch.ones(1 << 16), tag=7),
-        "gather": lambda: g.allgather(torch.ones(20_000), tag=8),
+        "gather": lambda: g.allgather(torch.ones(40_000), tag=8),
         "recv": lambda: g.recv(torch.ones(9), 2),
         "send": lambda: g.send(torch.ones(9000), 2),
         "barrier": lambda: g.barrier(tag=9),
@@ -93,7 +93,7 @@ async def test_a_killed_member_ends_every_call(nodes: Any, spawn: Any, backend: 
 
 async def adds_up(actor: Any) -> None:
     g = actor.group("g")
-    for numel in (1, 30_000):
+    for numel in (1, 40_000):
         assert float((await g.allreduce(torch.ones(numel)))[0]) == g.size
 
 
@@ -137,7 +137,7 @@ async def late(actor: Any, rank: int) -> None:
     g = actor.group("g")
     if g.rank != rank:
         # Two that end it at the same moment would each keep their own reason.
-        await g.allreduce(torch.ones(30_000), timeout=0.2 if g.rank == 0 else None)
+        await g.allreduce(torch.ones(40_000), timeout=0.2 if g.rank == 0 else None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,7 +147,7 @@ async def test_a_timeout_ends_the_group(nodes: Any, backend: str) -> None:  # GR
     await waiting([nodes[2]], 1)
     texts = await outcomes(nodes[:2], late, 2)
     assert len(set(texts)) == 1, texts
-    assert texts[0].startswith("GroupError: group 'g': allreduce(float32[30000], op='sum')")
+    assert texts[0].startswith("GroupError: group 'g': allreduce(float32[40000], op='sum')")
     assert "waiting for rank 2 (NodeActor" in texts[0]
     ended = await asyncio.wait_for(waits, 10)
     assert {text for text, _ in ended} == {texts[0]}, "also where it does not take part"
@@ -157,7 +157,7 @@ async def test_a_timeout_ends_the_group(nodes: Any, backend: str) -> None:  # GR
 
 async def cancelled(actor: Any) -> str:
     g = actor.group("g")
-    t = torch.ones(30_000)
+    t = torch.ones(40_000)
     if g.rank == 0:
         task = asyncio.ensure_future(g.allreduce(t))
         await asyncio.sleep(0)
@@ -292,7 +292,7 @@ async def is_going(actor: Any) -> bool:
 async def test_stopped_in_the_middle_of_a_transfer(nodes: Any, spawn: Any, backend: str) -> None:
     """What a backend cannot end by itself is ended for it: GRP-3, GRP-4."""
     victim = spawn()
-    await aiordt.create_group([*nodes[:2], victim], backend, "g", timeout=80)
+    await aiordt.create_group([*nodes[:2], victim], backend, "g", timeout=200)
     pid = await pid_of(victim)
     pending = [actor.run.remote(until_late) for actor in (*nodes[:2], victim)]
     await eventually(lambda: nodes[0].run.remote(is_going))

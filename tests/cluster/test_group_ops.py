@@ -79,9 +79,9 @@ async def reduce_to(g: Any, numel: int, dtype: torch.dtype) -> None:
 
 #: What groups of a size reduce: how many elements, of which dtypes. All are in groups of 3.
 REDUCED = {
-    1: [(0, DTYPES), (70_000, DTYPES)],
+    1: [(0, DTYPES), (140_000, DTYPES)],
     3: [(size, DTYPES) for size in SIZES],
-    6: [(1, DTYPES[::2]), (70_000, DTYPES[1::2])],
+    6: [(1, DTYPES[::2]), (140_000, DTYPES[1::2])],
 }
 
 
@@ -103,7 +103,6 @@ async def reduce_all(actor: Any, backend: str) -> int:
 
 
 # The first one starts six actors: some 3 s of CPU each, and twice that with coverage.
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_reductions_of_every_dtype(six: list[Any], backend: str) -> None:
     for size, least in ((1, 120), (3, 250), (6, 60)):
@@ -124,7 +123,7 @@ async def in_shared_memory(actor: Any, *memory: str) -> int:
     rank, size = g.rank, g.size
     mine = shared if memory[rank % 2] == "shared" else torch.clone
     for dtype in (torch.float32, torch.bfloat16, torch.int16):
-        numel = elements(70_000, dtype)
+        numel = elements(140_000, dtype)
         theirs = [brought(other, numel, dtype) for other in range(size)]
         want = reduced("sum", size, numel, dtype)
         for _ in range(2):  # the second time, in memory that is mapped already
@@ -227,7 +226,7 @@ async def beside_torch(actor: Any, path: str) -> None:
 
     raw = await asyncio.to_thread(connect)
     generator = torch.Generator().manual_seed(rank)
-    for numel in (size, 12_345 * size):
+    for numel in (size, 23_456 * size):
         t = torch.randn(numel, generator=generator)
         theirs = t.clone()
         raw.allreduce([theirs], ReduceOp.SUM).wait()
@@ -319,7 +318,7 @@ async def many_at_once(actor: Any) -> None:
     rounds = 60
 
     async def one(number: int) -> None:
-        numel = 5 if number % 3 else 20_000  # inline, and not
+        numel = 5 if number % 3 else 40_000  # inline, and not
         t = torch.full((numel,), float(rank + number))
         await g.allreduce(t, tag=number)
         want = size * number + sum(range(size))
@@ -327,7 +326,7 @@ async def many_at_once(actor: Any) -> None:
 
     async def plain() -> None:
         for number in range(rounds):
-            t = torch.full((20_000,), float(number))
+            t = torch.full((40_000,), float(number))
             await g.allreduce(t)
             assert t[0] == size * number
 
@@ -346,7 +345,7 @@ async def crossed(actor: Any) -> None:
     g = actor.group("g")
     for number in range(40):
         tags = {"a": 2 * number, "b": 2 * number + 1}
-        tensors = {name: torch.full((20_000,), float(tag)) for name, tag in tags.items()}
+        tensors = {name: torch.full((40_000,), float(tag)) for name, tag in tags.items()}
 
         def start(name: str, tags: Any = tags, tensors: Any = tensors) -> Any:
             return asyncio.ensure_future(g.allreduce(tensors[name], tag=tags[name]))
@@ -407,8 +406,8 @@ MISMATCHES: list[tuple[str, Any, Any]] = [
     ("other shapes", lambda g: g.allreduce(torch.ones(4)), lambda g: g.allreduce(torch.ones(3))),
     (
         "other dtypes",
-        lambda g: g.allreduce(torch.ones(20_000)),
-        lambda g: g.allreduce(torch.ones(20_000, dtype=torch.float64)),
+        lambda g: g.allreduce(torch.ones(40_000)),
+        lambda g: g.allreduce(torch.ones(40_000, dtype=torch.float64)),
     ),
     (
         "other reductions",

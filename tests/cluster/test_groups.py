@@ -238,7 +238,7 @@ async def test_beside_the_default_group_of_torch(nodes: Any, tmp_path: Any) -> N
 
         await asyncio.to_thread(enter)
         g = actor.group("g")
-        ours, theirs = torch.ones(20_000), torch.ones(20_000)
+        ours, theirs = torch.ones(40_000), torch.ones(40_000)
         await asyncio.gather(g.allreduce(ours), asyncio.to_thread(dist.all_reduce, theirs))
         dist.destroy_process_group()
         await g.allreduce(ours)
@@ -254,7 +254,7 @@ async def test_gloo_where_memory_cannot_be_read(spawn: Any) -> None:
     only_tcp = {"runtime_env": {"env_vars": {"AIORDT_TRANSPORTS": "tcp"}}}
     actors = [spawn(options=only_tcp), spawn(options=only_tcp)]
     with pytest.raises(aiordt.UnavailableError, match=r"shm: rank \d cannot read"):
-        await aiordt.create_group(actors, "shm")
+        await aiordt.create_group(actors, "shm", timeout=200)  # they have not started yet
     async with grouped(actors) as group:
         assert group.backend == "gloo"
         await everywhere(actors, adds_up)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 
 import aiordt
 from aiordt.transports import probe
-from tests.support import MIB, arange
+from tests.support import MIB, arange, kill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,10 +65,7 @@ async def test_a_dead_owner_is_an_error(nodes: Any, spawn: Callable[..., Any]) -
 
     async def pull_from_the_dead(_: Any, refs: Any, pid: int) -> None:
         await aiordt.get(refs[0], transport="nixl")
-        pidfd = os.pidfd_open(pid)
-        os.kill(pid, signal.SIGKILL)
-        assert select.select([pidfd], [], [], 10)[0], "it ends"
-        os.close(pidfd)
+        await kill(pid)
         for ref in refs:
             with pytest.raises(aiordt.OwnerDiedError):
                 await aiordt.get(ref, transport="nixl")

@@ -34,7 +34,7 @@ from aiordt.collective import (
 from aiordt.collective._declared import Declared
 from aiordt.collective._requests import FIRST_LANE
 from aiordt.collective._service import groups_of
-from tests.support import Node, eventually
+from tests.support import Node, eventually, kill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -329,7 +329,7 @@ async def test_a_member_that_dies(spawn: Any) -> None:
     refs = await asyncio.gather(*made(actors, 50_000))
     await allreduce_refs(refs)
 
-    os.kill(refs[2].owner.pid, signal.SIGKILL)
+    await kill(refs[2].owner.pid)
     with pytest.raises(aiordt.AiordtError, match=f"{refs[2].owner.pid}"):
         async with asyncio.timeout(5):
             await allreduce_refs(refs)
@@ -346,7 +346,7 @@ async def test_an_asker_that_dies_before_it_asked_all(nodes: list[Any], spawn: A
     async def ask_one(_: Any, group: Any, refs: list[Any]) -> None:
         runtime = _runtime.current()
         call = Declared("allreduce", op="sum")
-        request = call._request(FIRST_LANE, 0, call._inputs(refs))
+        request = call._request(FIRST_LANE, 0, call._inputs(refs), pulled=False)
         runtime.io.loop.call_soon_threadsafe(
             lambda: runtime.io.spawn(group.ask(runtime, 0, "collect", request))
         )

@@ -14,6 +14,7 @@ import torch
 
 import aiordt
 from aiordt import _copies, _relay
+from aiordt._landing import land
 from aiordt._runtime import current
 from aiordt.testing import at_phase
 from tests.support import MIB, Node, arange, clean, eventually
@@ -200,6 +201,36 @@ async def test_cancellation(nodes: Any, neighbours: Any) -> None:  # CAN-1, ISO-
     assert await consumer.run.remote(cancel_first_of_two, other)
     got, _ = await consumer.run.remote(received, ref)
     assert torch.equal(got, arange(_NBYTES * 4))
+
+
+async def join_the_cancelled(node: Any, ref: aiordt.TensorRef) -> bool:
+    """Ask for what is on its way at the moment when its only reader has given it up."""
+    runtime = current()
+    relay, header = runtime.relay, ref.header
+    landing = land(ref, runtime.pool)
+
+    def fetch() -> Any:
+        return relay._fetch(header.address, header.key, [landing.part])
+
+    async def on_io_loop() -> bool:
+        reached = asyncio.Event()
+        assert await relay._first(header.key) is None
+        with at_phase("relay.fetching", reached.set):
+            first = asyncio.ensure_future(fetch())
+            await reached.wait()
+        first.cancel()
+        await asyncio.sleep(0)
+        entries = await fetch()
+        arrived = torch.equal(entries[0].tensor.view(torch.float32), arange(_NBYTES * 4))
+        relay._unpin(entries)
+        return arrived and first.cancelled()
+
+    return await runtime.io.run(on_io_loop())
+
+
+async def test_who_comes_when_a_transfer_is_given_up(nodes: Any, neighbours: Any) -> None:  # ISO-1
+    ref = await nodes[0].make.remote(keep, _NBYTES * 4)
+    assert await neighbours[0].run.remote(join_the_cancelled, ref)
 
 
 # --- several hosts -------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from tests.support import PROGRAM_SECONDS
+
 ROOT = Path(__file__).parent.parent.parent
 
 _HEAD = """
@@ -50,7 +52,7 @@ def script(body: str, **environment: str) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=80,
+        timeout=PROGRAM_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

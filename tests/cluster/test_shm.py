@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import select
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import torch
 
 import aiordt
 from aiordt._arena import arena
-from tests.support import MIB, arange, eventually
+from tests.support import MIB, arange, eventually, kill
 
 _NBYTES = 2 * MIB
 
@@ -189,10 +186,7 @@ async def test_the_owners_end_is_told_and_harms_no_view(nodes: Any, spawn: Any) 
     ref = await owner.make.remote(share)
     await b.run.remote(keep_a_view, ref)
     assert torch.equal(await ref, arange(_NBYTES))
-    pidfd = os.pidfd_open(ref.owner.pid)
-    os.kill(ref.owner.pid, signal.SIGKILL)
-    await eventually(lambda: bool(select.select([pidfd], [], [], 0)[0]), what="the owner is dead")
-    os.close(pidfd)
+    await kill(ref.owner.pid)
     with pytest.raises(aiordt.OwnerDiedError):
         await ref
     with pytest.raises(aiordt.OwnerDiedError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,7 +115,7 @@ async def test_chunks_are_small_and_small_parts_are_gathered(ends: Ends) -> None
             part = Part(b"", 0, address, here, 64 * KIB, segment=segment, tensor=target)
             parts.append(part)
         await ends.link.read(parts)
-        assert len(chunks) == 2
+        assert len(chunks) == 4
     finally:
         on_phase(None)
     assert torch.equal(target, large)
@@ -145,6 +146,33 @@ async def test_another_network_namespace_is_refused(ends: Ends) -> None:
     listeners[1].close()
     with pytest.raises(UnavailableError, match="network namespace"):
         await ends.reader.connect("shm", ends.owner.address)
+
+
+class Held:
+    """A lease, say."""
+
+
+async def test_what_is_written_to_a_copy_on_write_is_the_writers(ends: Ends) -> None:  # SHM-3
+    before = ends.tensor.clone()
+    place = (ends.segment, ends.tensor.data_ptr() + 5000, NBYTES - 9000)  # of no whole pages
+    wanted = before[5000:-4000]
+    held = Held()
+    gone = weakref.ref(held)
+    one, other = [await ends.link.copy_on_write(*place, held) for _ in range(2)]
+    del held
+    one[100_000:200_000] = 1
+    assert one[100_000:200_000].eq(1).all()
+    assert torch.equal(one[:100_000], wanted[:100_000])
+    assert torch.equal(ends.tensor, before), "the owner's"
+    assert torch.equal(other, wanted), "made before it was written"
+    assert torch.equal(await ends.link.copy_on_write(*place, None), wanted), "and after"
+    part = one[150_000:]
+    del one, other
+    assert gone() is not None, "the memory is in use"
+    del part
+    assert gone() is None
+    with pytest.raises(TransferError, match="not in the shared segment"):
+        await ends.link.copy_on_write(ends.segment, ends.tensor.data_ptr() - (1 << 30), 9, None)
 
 
 async def test_a_view_needs_no_link_to_live(ends: Ends) -> None:  # SHM-2

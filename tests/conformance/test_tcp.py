@@ -6,17 +6,19 @@ import asyncio
 import os
 import socket
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from typing_extensions import override
 
-from aiordt._errors import ProtocolViolationError, TransferError
+from aiordt._errors import AiordtError, ProtocolViolationError, TransferError
 from aiordt._peer import RemotePeer
+from aiordt._types import KIB, MIB
 from aiordt._wire import Pull
 from aiordt.abc import Part, Served, Source
-from aiordt.testing import Leaks, at_phase, eventually, process_pairs, record_phases
+from aiordt.testing import Leaks, TcpProxy, at_phase, eventually, process_pairs, record_phases
 from aiordt.testing._process import _Half
 from aiordt.transports.tcp import TcpTransport
 
@@ -39,8 +41,10 @@ class Ends:
         self.key = export.key
         self.link: Link
 
-    async def connect(self) -> None:
-        self.link = await self.reader.connect("tcp", self.owner.address)
+    async def connect(self, port: int = 0) -> None:
+        """By that port of this host in place of the owner's."""
+        address = replace(self.owner.address, port=port or self.owner.address.port)
+        self.link = await self.reader.connect("tcp", address)
 
     def part(self, target: torch.Tensor) -> Part:
         return Part(self.key, 0, 0, target.data_ptr(), target.nbytes)
@@ -55,6 +59,11 @@ class Ends:
         await self.link.read([Part(key, 0, 0, target.data_ptr(), nbytes)])
         assert torch.equal(target, self.tensor[:nbytes])
 
+    async def aclose(self) -> None:
+        await self.link.aclose()
+        await self.reader.aclose()
+        await self.owner.aclose()
+
 
 @pytest.fixture
 async def ends() -> AsyncIterator[Ends]:
@@ -62,9 +71,20 @@ async def ends() -> AsyncIterator[Ends]:
     made = Ends()
     await made.connect()
     yield made
-    await made.link.aclose()
-    made.reader.close()
-    made.owner.close()
+    await made.aclose()
+    await leaks.wait_none()
+
+
+@pytest.fixture
+async def proxied() -> AsyncIterator[tuple[Ends, TcpProxy]]:
+    """Ends that have all connections through a proxy."""
+    leaks = Leaks()
+    made = Ends()
+    async with TcpProxy(made.owner.address.host, made.owner.address.port) as proxy:
+        await made.connect(proxy.port)
+        yield made, proxy
+        proxy.heal()
+        await made.aclose()
     await leaks.wait_none()
 
 
@@ -188,3 +208,57 @@ async def test_only_the_peer_that_opened_a_stream_may_name_it(ends: Ends) -> Non
     opened.close()
     stranger.reader.close()
     stranger.owner.close()
+
+
+# --- a network that fails ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["truncate", "reset", "cut"])
+async def test_a_read_whose_connections_end_raises_and_the_next_one_works(
+    proxied: tuple[Ends, TcpProxy], fault: str
+) -> None:  # ISO-1, DTH-1
+    ends, proxy = proxied
+    link, tensor = ends.link, ends.tensor
+    target = torch.zeros_like(tensor)
+    await link.read([ends.part(target)])
+    target.zero_()
+    proxy.stall(after=2 * MIB, towards="client")
+    reading = asyncio.ensure_future(link.read([ends.part(target)]))
+    await eventually(lambda: proxy.holding, what="the read is under way")
+    if fault == "cut":
+        proxy.cut()
+    else:
+        getattr(proxy, fault)(after=64 * KIB)
+    with pytest.raises(AiordtError):
+        async with asyncio.timeout(5):
+            await reading
+    proxy.heal()
+    await link.read([ends.part(target)])
+    assert torch.equal(target, tensor)
+
+
+async def test_a_read_that_stands_still_is_cancelled_or_goes_on(
+    proxied: tuple[Ends, TcpProxy],
+) -> None:  # OWN-1, CAN-1
+    ends, proxy = proxied
+    link, tensor = ends.link, ends.tensor
+    for cancelled in (False, True):
+        target = torch.zeros_like(tensor)
+        proxy.stall(after=2 * MIB, towards="client")
+        reading = asyncio.ensure_future(link.read([ends.part(target)]))
+        await eventually(lambda: proxy.holding, what="the read stands still")
+        if cancelled:
+            reading.cancel()
+            async with asyncio.timeout(5):
+                with pytest.raises(asyncio.CancelledError):
+                    await reading
+            seen = target.clone()
+            proxy.heal()
+            again = torch.zeros_like(tensor)
+            await link.read([ends.part(again)])
+            assert torch.equal(again, tensor)
+            assert torch.equal(target, seen), "nothing is written after its end"
+        else:
+            proxy.heal()
+            await reading
+            assert torch.equal(target, tensor)

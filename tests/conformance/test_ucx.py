@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not probe("ucx").usable, reason=f"ucx: {probe('ucx').reason}")
 if probe("ucx").usable:
-    from aiordt.transports._ucp import UcxError
+    from aiordt.transports._ucp import Ucp, UcxError
     from aiordt.transports._ucx_link import UcxLink
     from aiordt.transports._ucx_worker import (
         _BLOCK_NBYTES,
@@ -301,6 +301,16 @@ async def test_each_link_closes_its_endpoints(ends: Ends) -> None:  # UCX-5
         await link.aclose()
     await ends.one_session()
     await ends.read()
+
+
+def test_no_endpoint_writes_to_a_queue_that_others_share() -> None:  # UCX-8
+    """Who is killed in the middle of that stops it for all the others."""
+    ours, theirs = Ucp(None), Ucp(None)
+    endpoint = ours.connect(theirs.address)
+    names = endpoint._transports()
+    assert names & {b"cma", b"tcp"}
+    assert not names & {b"posix", b"sysv"}
+    endpoint.close(force=True)
 
 
 async def test_a_failed_endpoint_is_made_anew(ends: Ends) -> None:  # UCX-5

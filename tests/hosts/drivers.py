@@ -352,6 +352,12 @@ async def neighbours(count: int) -> list[Any]:
     return _neighbours[:count]
 
 
+async def begin() -> object:
+    """Start the actors that the scenarios share: on slow cores, ten seconds of CPU for each."""
+    started = [shared("h1"), shared("h2"), *await neighbours(9)]
+    return {"pids": await asyncio.gather(*(each.pid.remote() for each in started))}
+
+
 async def crossing() -> object:
     owner, (late, *consumers) = shared("h1"), await neighbours(9)
     tree = await owner.make.remote(64 * MIB, 1)
@@ -365,6 +371,7 @@ async def crossing() -> object:
     small = await asyncio.gather(*(each.check.remote(strided, 2, "columns") for each in consumers))
     del tree, strided
     await neighbours(9)  # keep nothing any more
+    del consumers, late, _neighbours[4:]  # the others need no more, and each costs CPU
     return {"rounds": rounds, "keeping": keeping, "small": small}
 
 
@@ -393,6 +400,25 @@ async def weights_to_many() -> object:
     return {"rounds": rounds}
 
 
+async def broadcast() -> object:
+    """From host 1 to four actors of host 2; then as if these were on hosts of their own."""
+    owner, others = shared("h1"), await neighbours(4)
+    rounds = []
+    for seed, apart in enumerate((False, True)):
+        for number, each in enumerate(others):
+            await each.move.remote(f"host {number}" if apart else "")
+        tree = await owner.make.remote(48 * MIB, seed)
+        before = sent()
+        _, *trees = await aiordt.broadcast_refs(tree, [owner, *others])
+        found = sent() - before
+        checks = [each.check.remote(one, seed) for each, one in zip(others, trees, strict=True)]
+        rounds.append({"sent": found, "found": await asyncio.gather(*checks)})
+        del tree, trees
+    for each in others:
+        await each.move.remote("")
+    return {"rounds": rounds}
+
+
 async def neighbour_ends(signum: signal.Signals) -> object:
     """The first ends, or stands still, in the middle of its transfer."""
     owner, consumers = shared("h1"), await neighbours(3)
@@ -401,9 +427,9 @@ async def neighbour_ends(signum: signal.Signals) -> object:
     tree = await owner.make.remote(48 * MIB, 1)
     pulls = [asyncio.ensure_future(each.check.remote(tree, 1)) for each in consumers]
     kept = [0]
-    while not any(kept):
+    while max(kept) <= MIB:  # what they kept of the trees before may not be gone yet
         kept = await asyncio.gather(*(each.keeps.remote() for each in consumers))
-    (first,) = [index for index, nbytes in enumerate(kept) if nbytes]
+    (first,) = [index for index, nbytes in enumerate(kept) if nbytes > MIB]
     await consumers[first].strike.remote(int(signum))
     _neighbours.remove(consumers[first])
     others = [await pull for index, pull in enumerate(pulls) if index != first]
@@ -602,8 +628,10 @@ async def listeners() -> object:
 SCENARIOS = {
     function.__name__: function
     for function in (
+        begin,
         crossing,
         weights_to_many,
+        broadcast,
         neighbour_killed,
         neighbour_stopped,
         shared_owner_killed,

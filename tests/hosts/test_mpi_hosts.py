@@ -18,7 +18,7 @@ from tests import worker
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.skipif(hosts_unavailable() is not None, reason=str(hosts_unavailable())),
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(400),
 ]
 
 SCRIPTS = Path(__file__).parent.parent / "cluster/mpi_scripts.py"

@@ -218,9 +218,11 @@ async def engines(size: int) -> AsyncIterator[list[Engine]]:
             engine.mesh.join(5)
 
 
-async def allreduced(engine: Engine, t: torch.Tensor, lane: int = -1) -> torch.Tensor:
+async def allreduced(
+    engine: Engine, t: torch.Tensor, lane: int = -1, *, light: bool = True
+) -> torch.Tensor:
     call = _call.Call("allreduce", engine.rank, engine.size, "sum", tensors=[t])
-    await engine.call(call, _call.collective(call, Inline()), lane=lane, light=True)
+    await engine.call(call, _call.collective(call, Inline()), lane=lane, light=light)
     return t
 
 
@@ -335,6 +337,21 @@ async def test_a_loop_that_has_become_busy_keeps_nobody_waiting() -> None:  # MS
         await pending
 
 
+async def test_a_loop_keeps_the_sockets_between_its_calls_only() -> None:  # MSH-2
+    async with engines(2) as made:
+        mesh = made[0].mesh
+        for _ in range(3):  # from the second time on, the loop reads by itself
+            await asyncio.gather(*[allreduced(each, torch.ones(2)) for each in made])
+        assert mesh._borrowed_at is not None, "its next call may come soon"
+        pending = asyncio.ensure_future(allreduced(made[0], torch.ones(2), light=False))
+        await asyncio.sleep(0)
+        assert mesh._borrowed_at is None, "a call that takes its time is the thread's"
+        await asyncio.gather(pending, allreduced(made[1], torch.ones(2)))
+        await asyncio.gather(*[allreduced(each, torch.ones(2)) for each in made])
+        assert mesh._borrowed_at is not None
+        await eventually(lambda: mesh._borrowed_at is None, what="it did not come")
+
+
 async def test_a_loop_looks_without_sleeping_only_for_a_moment() -> None:  # MSH-3
     async with engines(2) as made:
         mesh = made[0].mesh
@@ -412,7 +429,7 @@ async def test_loop_and_thread_never_read_at_once() -> None:  # MSH-1
         while len(heard.numbers) < total:
             if reader.borrow():
                 await asyncio.sleep(0)
-                reader.give_back()
+                reader.give_back(keep=False)
             await asyncio.sleep(0)
         await writing
         assert heard.numbers == list(range(total))

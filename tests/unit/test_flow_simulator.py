@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from aiordt.flow import GroupPolicy
@@ -44,6 +46,17 @@ def test_times_are_those_of_links_and_work() -> None:
     found = Simulation(machine, GroupPolicy(), actors_first=False).run(program)
     # Broadcast 1; it crosses 1.5, map 1; map 1; cut 1; a piece crosses 1.5; reduce 1.
     assert found.latencies == [pytest.approx(8.0, abs=1e-3)]
-    slow = Machine(nodes=2, slots=1, bandwidth=1e6, latency=0.5, call=1.0, rate=1e12, fabric=5e5)
+    slow = dataclasses.replace(machine, fabric=5e5)
     found = Simulation(slow, GroupPolicy(), actors_first=False).run(program)
     assert found.latencies == [pytest.approx(10.0, abs=1e-3)]
+    quick = dataclasses.replace(machine, burst=250_000)  # of each crossing, when it was idle
+    found = Simulation(quick, GroupPolicy(), actors_first=False).run(program)
+    assert found.latencies == [pytest.approx(7.5, abs=1e-3)]
+
+
+def test_what_is_too_small_for_the_relay_crosses_for_each_who_uses_it() -> None:
+    program = Program(maps=12, reducers=4, nbytes=4 * MIB, piece=MIB, batches=3)
+    machine = Machine(nodes=3, slots=4, relayed=MIB + 1)
+    found = Simulation(machine, GroupPolicy(), actors_first=False).run(program)
+    # The broadcast to two nodes, once; of each round's 12 pieces 8 to each of four reducers.
+    assert found.crossed == (2 * 4 + 3 * 4 * 8) * MIB

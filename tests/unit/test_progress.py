@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import pytest
 from aiordt._errors import ClosedError
 from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, run_all
 from aiordt.testing import eventually, wait_until
+from aiordt.transports import _job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -521,3 +523,23 @@ async def test_run_all_is_cancelled_as_one() -> None:  # CAN-1
 def test_wait_until_says_what_did_not_come() -> None:
     with pytest.raises(AssertionError, match=r"not within 0\.01 s: the moon"):
         wait_until(lambda: False, what="the moon", within=0.01)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_reader_on_anothers_core_moves_and_may_go_anywhere_again() -> None:
+    allowed = os.sched_getaffinity(0)
+    other = -1  # a thread's id that no thread has
+    try:
+        _job._cores[other] = core = min(allowed)
+        os.sched_setaffinity(0, {core})
+        _job._give_way()  # it may be nowhere else
+        assert os.sched_getaffinity(0) == {core}
+
+        os.sched_setaffinity(0, allowed)  # moves nobody
+        _job._give_way()
+        assert _job._cores[threading.get_ident()] != core
+        assert os.sched_getaffinity(0) == allowed
+    finally:
+        os.sched_setaffinity(0, allowed)
+        _job._cores.pop(other)
+        _job._cores.pop(threading.get_ident(), None)

@@ -1,0 +1,1 @@
+"""Seeded trials of real actors under faults; ``python -m tests.battery`` runs many."""

@@ -1,0 +1,99 @@
+"""Run trials and print their table: ``python -m tests.battery --trials 1000``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import ray
+import rich
+import torch
+
+from aiordt.transports import probe
+from tests.battery import trials
+from tests.battery.trials import READING, Actors, Trial
+
+
+async def battery(
+    seeds: list[int], transports: tuple[str, ...], faults: tuple[str, ...]
+) -> list[Trial]:
+    """Run the trials of some seeds, one after the other."""
+    actors = Actors()
+    done = []
+    for number, seed in enumerate(seeds):
+        trial = trials.make(seed, transports, faults)
+        await trials.run(trial, actors)
+        done.append(trial)
+        if trial.failed:
+            rich.print(f"FAILED {trial}: {trial.failed}", flush=True)
+        elif number % 50 == 0:
+            rich.print(f"{number}: {trial}", flush=True)
+    return done
+
+
+def table(done: list[Trial]) -> str:
+    """How they ended, by fault and transport."""
+    rows: dict[tuple[str, str], list[Trial]] = {}
+    for trial in done:
+        rows.setdefault((trial.fault, trial.transport), []).append(trial)
+    lines = [
+        "| fault | transport | trials | struck | data | error | wrong | median s | longest s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (fault, transport), some in sorted(rows.items()):
+        outcomes = [trial.outcome for trial in some]
+        errors = sorted(set(outcomes) - {"data"})
+        seconds = [trial.seconds for trial in some]
+        cells = [
+            fault,
+            transport,
+            len(some),
+            sum(trial.struck for trial in some),
+            outcomes.count("data"),
+            ", ".join(f"{outcomes.count(error)} {error.lstrip('_')}" for error in errors),
+            sum(bool(trial.failed) for trial in some),
+            f"{statistics.median(seconds):.2f}",
+            f"{max(seconds):.2f}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run what was asked for; 1 if a trial failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.battery", description=__doc__)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial")
+    parser.add_argument("--transports", default=",".join(READING))
+    parser.add_argument("--faults", default=",".join(trials.FAULTS))
+    parser.add_argument("--report", type=Path, help="write the table there")
+    options = parser.parse_args()
+    usable = tuple(name for name in options.transports.split(",") if probe(name).usable)
+    faults = tuple(options.faults.split(","))
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="error", include_dashboard=False)
+    begun = time.monotonic()
+    seeds = list(range(options.seed, options.seed + options.trials))
+    done = asyncio.run(battery(seeds, usable, faults))
+    ray.shutdown()
+    failed = [trial for trial in done if trial.failed]
+    text = table(done)
+    rich.print(text)
+    rich.print(f"{len(done)} trials in {time.monotonic() - begun:.0f} s, {len(failed)} failed")
+    if options.report:
+        names = ("ray", "torch", "nixl-cu12", "ucxx-cu13")
+        versions = [f"Python {platform.python_version()}"]
+        versions += [f"{name} {version(name)}" for name in names]
+        head = f"{len(done)} trials, seeds {seeds[0]} to {seeds[-1]}; {', '.join(versions)}"
+        options.report.write_text(f"{head}\n\n{text}\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
