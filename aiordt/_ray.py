@@ -8,11 +8,14 @@ Invariants:
            only then.
     LSE-2  Markers are never sent over aiordt's own connections, only their ids.
     LSE-3  Refs are pickled only inside Ray's own serialization, which counts them.
+    SES-1  No thread of ours is in a call of Ray's core worker when Ray takes that apart, which
+           would end the process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import logging
 import os
@@ -55,11 +58,12 @@ class Session:
 
     def __init__(self, client: object) -> None:
         self.client = client  # Ray makes a new one for each session; held, so never reused
+        self.ending = False  # Ray is about to shut down
 
     @property
     def alive(self) -> bool:
         """Whether the process is still in this session."""
-        return _gcs_client() is self.client
+        return not self.ending and _gcs_client() is self.client
 
     @property
     def over(self) -> bool:
@@ -96,6 +100,8 @@ def session() -> Session:
     current = _Current.session
     client = _gcs_client()
     if current is not None and client is not None and current.client is client:
+        if current.ending:
+            raise UsageError("Ray is being shut down in this process")
         return current
     if client is None:
         if ray_client.is_connected():
@@ -332,8 +338,8 @@ def nodes() -> dict[str, int]:
 
 
 def before_shutdown(callback: Callable[[], None]) -> None:
-    """Call ``callback`` whenever the user calls ``ray.shutdown``, which has no hook for that."""
-    original = ray_worker.shutdown
+    """Call ``callback`` before Ray shuts down: whenever the user says so, and at exit."""
+    original = ray_worker.shutdown  # has no hook for that
 
     @functools.wraps(original)
     def shutdown(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -341,6 +347,14 @@ def before_shutdown(callback: Callable[[], None]) -> None:
         original(*args, **kwargs)
 
     ray.shutdown = ray_worker.shutdown = shutdown
+    atexit.register(callback)  # runs before Ray's own, which was registered first
+
+
+def end_session() -> None:
+    """Nothing of ours may begin to use this session any more: Ray is about to shut down."""
+    with _lock:
+        if _Current.session is not None:
+            _Current.session.ending = True
 
 
 # --- leases --------------------------------------------------------------------------------
@@ -356,6 +370,7 @@ class Markers:
         self._filling = False
         self._pooling = not is_task_worker()
         self._closed = False
+        self._making = threading.Lock()
 
     async def take(self, count: int) -> Sequence[ray.ObjectRef[Any]]:
         """``count`` markers, each to be held by exactly one lease.
@@ -397,6 +412,12 @@ class Markers:
             self._filling = False
 
     def _make(self) -> ray.ObjectRef[Any]:
+        with self._making:
+            if self._closed:
+                raise ClosedError("aiordt's runtime was closed")
+            return self._put()
+
+    def _put(self) -> ray.ObjectRef[Any]:
         marker = ray.put(None)
         core_worker = ray_worker.global_worker.core_worker
         if not hasattr(core_worker, "add_object_out_of_scope_callback"):
@@ -407,8 +428,9 @@ class Markers:
         return marker
 
     def close(self) -> None:
-        """Let the markers that were made ahead go."""
-        self._closed = True
+        """Let the markers that were made ahead go; none is being made when this returns (SES-1)."""
+        with self._making:
+            self._closed = True
         self._pool.clear()
 
 

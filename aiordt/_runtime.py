@@ -6,7 +6,6 @@ It starts with the first use in a Ray session and ends with the process or the s
 from __future__ import annotations
 
 import asyncio
-import atexit
 import ctypes
 import logging
 import os
@@ -370,4 +369,9 @@ def close(only: Runtime | None = None) -> None:
     runtime.close()
 
 
-atexit.register(close)
+def _end() -> None:
+    _ray.end_session()
+    close()
+
+
+_ray.before_shutdown(_end)

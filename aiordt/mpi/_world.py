@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import shlex
@@ -204,7 +203,6 @@ class _Script:
         self._lock = threading.Lock()
         self.link.start()
         _ray.before_shutdown(self.link.end)
-        atexit.register(self.link.end)  # before Ray's, which was imported first
 
     @classmethod
     def get(cls) -> _Script:

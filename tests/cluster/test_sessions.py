@@ -173,6 +173,65 @@ def test_shutdown_while_a_wait_is_pending_ends_it(address: str) -> None:
     assert "closed:" in out
 
 
+@pytest.mark.parametrize("how", ["to_thread", "on_the_loop", "at_exit"])
+def test_ray_shuts_down_after_aiordt_has_left_it(address: str, how: str) -> None:  # SES-1
+    out = script(
+        """
+        import os, threading, time
+        from ray._private import worker
+
+        put, disconnect, making, begun = ray.put, worker.disconnect, [], threading.Event()
+
+        def slow_put(value):
+            making.append(None)
+            begun.set()
+            time.sleep(0.3)
+            try:
+                return put(value)
+            finally:
+                making.pop()
+
+        def watched_disconnect(*args):
+            ours = [each.name for each in threading.enumerate() if each.name == "aiordt-io"]
+            print("in Ray:", len(making), "threads:", ours)
+            disconnect(*args)
+
+        async def main():
+            init()
+            ray.put, worker.disconnect = slow_put, watched_disconnect
+            tensor = torch.ones(500_000)
+            ref = await aiordt.put(tensor)
+            begun.clear()
+            await asyncio.to_thread(begun.wait)  # one that is made ahead
+            task = asyncio.ensure_future(aiordt.wait_tensor_freed(tensor))
+            await asyncio.sleep(0)
+            if os.environ["HOW"] == "to_thread":
+                await asyncio.to_thread(ray.shutdown)
+            elif os.environ["HOW"] == "on_the_loop":
+                ray.shutdown()
+            else:
+                task.cancel()
+            try:
+                await asyncio.wait_for(task, 20)
+            except aiordt.ClosedError as exc:
+                print("closed:", exc)
+            except asyncio.CancelledError:
+                return
+            try:
+                await aiordt.put(tensor)
+            except aiordt.UsageError as exc:
+                print("refused:", exc)
+        asyncio.run(main())
+        """,
+        RAY_ADDRESS=address,
+        HOW=how,
+    )
+    assert "in Ray: 0 threads: []" in out
+    if how != "at_exit":
+        assert "closed:" in out
+        assert "refused: Ray is not initialized" in out
+
+
 def test_without_ray_and_configure(address: str) -> None:
     out = script(
         """
