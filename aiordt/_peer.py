@@ -432,13 +432,27 @@ class RemotePeer(Peer):
                 f"{self.address} cannot be reached any more: {cause}", peer=str(self.address)
             )
         if connection is None or connection.closed.is_set():
-            return OwnerDiedError(
-                f"{self.address} died (its connection ended), and its tensors with it",
-                owner=str(self.address),
-            )
+            return await self._fate(cause)
         return TransferError(
             f"{transport}: receiving {nbytes} bytes from {self.address} failed: {cause}",
             transport=transport,
             peer=str(self.address),
             nbytes=nbytes,
+        )
+
+    async def _fate(self, cause: Exception) -> Exception:
+        """What became of a process whose connection has ended: that is said by its port only."""
+        try:
+            await self._connected()
+        except OwnerDiedError:
+            return OwnerDiedError(
+                f"{self.address} died (its connection ended), and its tensors with it",
+                owner=str(self.address),
+            )
+        except AiordtError as exc:
+            return exc
+        return PeerLostError(
+            f"the connection to {self.address} broke: {cause}; it lives and can be reached "
+            "again: await the ref once more",
+            peer=str(self.address),
         )

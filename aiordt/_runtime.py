@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import torch
 
 from aiordt import _config, _copies, _ray, _wire
+from aiordt._admission import Admission
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -25,10 +26,11 @@ from aiordt._errors import (
 from aiordt._exports import warn_if_shared
 from aiordt._landing import as_seen, confirm, dense_stride_of, dress, dtype_of
 from aiordt._layout import span
+from aiordt._markers import Markers
 from aiordt._memory import Pool, laid_out
 from aiordt._metrics import Counters
 from aiordt._peer import Network, listen, listen_locally
-from aiordt._progress import Admission, Inbox, IoThread, Workers, post
+from aiordt._progress import Inbox, IoThread, Workers, post
 from aiordt._pull import STALE_REF, Puller
 from aiordt._registry import Registry
 from aiordt._relay import Relay
@@ -123,7 +125,7 @@ class Runtime(Puller):
         allow_readers()
         self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         dropped = Inbox(self.io.loop, self.registry.drop)
-        self.markers = _ray.Markers(self.workers, dropped.put)
+        self.markers = Markers(self.workers, dropped.put)
         self._unsent: list[Header] = []
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(

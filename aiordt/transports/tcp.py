@@ -24,7 +24,7 @@ from typing_extensions import override
 from aiordt._errors import AiordtError, ClosedError, ProtocolViolationError
 from aiordt._memory import view_memory
 from aiordt._metrics import phase
-from aiordt._progress import Workers, finish, post
+from aiordt._progress import Workers, finish, post, track
 from aiordt._types import KIB, MIB
 from aiordt._wire import KEY_NBYTES, Item, Message, Pull, PullReply, stripes
 from aiordt.abc import Availability, Link, Transport
@@ -115,10 +115,7 @@ class TcpLink(Link):
             await self._io.run(self._read(parts))
 
     async def _read(self, parts: Sequence[Part]) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._reads.add(task)
-            task.add_done_callback(self._reads.discard)
+        track(self._reads)
         self._check_open()
         nbytes = sum(part.nbytes for part in parts)
         views = [view_memory(part.target, part.nbytes, writable=True) for part in parts]

@@ -392,5 +392,5 @@ async def run(trial: Trial, actors: Actors) -> None:
             rng = random.Random(f"{trial.seed}/body")  # noqa: S311  (as above)
             await body(trial, rng, actors)
     except Exception as exc:  # noqa: BLE001  (the next trial is to run)
-        trial.failed = trial.failed or f"{type(exc).__name__}: {str(exc)[:300]}"
+        trial.failed = trial.failed or f"{type(exc).__name__}: {str(exc)[-400:]}"
         await actors.end_all()

@@ -221,8 +221,12 @@ async def test_cancelling_one_of_two_first_callers(ends: Callable[..., End]) -> 
     assert await second == PullReply(b"echo")
 
 
-async def test_a_lost_connection_ends_pending_calls(ends: Callable[..., End]) -> None:
-    left, right = ends(), ends()  # RPC-1, DTH-1
+@pytest.mark.parametrize("lives", [True, False])
+async def test_a_lost_connection_ends_pending_calls(
+    ends: Callable[..., End],
+    lives: bool,  # noqa: FBT001
+) -> None:  # RPC-1, DTH-1
+    left, right = ends(), ends()
     started = asyncio.Event()
 
     async def hang(_: Message) -> Message:
@@ -234,11 +238,15 @@ async def test_a_lost_connection_ends_pending_calls(ends: Callable[..., End]) ->
     peer = left.peer(right)
     tasks = [asyncio.create_task(peer.call(PULL)) for _ in range(5)]
     await asyncio.wait_for(started.wait(), 5)
-    for connection in list(right.network._connections):
-        await connection.aclose()
+    if lives:
+        for connection in list(right.network._connections):
+            await connection.aclose()
+    else:
+        await right.network.aclose()
     done, _ = await asyncio.wait(tasks, timeout=2)
     assert len(done) == 5, "DTH-1: within 2 s"
-    assert all(isinstance(task.exception(), OwnerDiedError) for task in tasks)
+    expected = PeerLostError if lives else OwnerDiedError
+    assert all(isinstance(task.exception(), expected) for task in tasks)
     assert left.lost == [right.runtime_id]
     assert right.lost == [left.runtime_id]
 
