@@ -80,7 +80,7 @@ def _tune(sock: socket.socket, purpose: str) -> None:
 
 async def _send_frame(sock: socket.socket, body: bytes) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(sock, _wire.HEADER.pack(len(body)) + body)
+    await loop.sock_sendall(sock, _wire.pack_header(len(body)) + body)
 
 
 async def _receive_frame(sock: socket.socket) -> bytes:
@@ -168,7 +168,7 @@ class Network:
                 hello = _wire.unpack_hello(await _receive_frame(sock))
                 _tune(sock, hello.purpose)
                 if hello.server != self.runtime_id:
-                    await _send_frame(sock, _STALE)
+                    await _send_frame(sock, _STALE + hello.server)
                     return
                 sealers = await self._authenticate(sock, hello)
                 taken = await self._take(sock, hello, sealers)
@@ -251,7 +251,7 @@ class Network:
                 _tune(sock, purpose)
                 await _send_frame(sock, _wire.pack_hello(hello))
                 answer = await _receive_frame(sock)
-                if answer == _STALE:
+                if answer == _STALE + address.runtime_id:  # else what was asked had been garbled
                     raise OwnerDiedError(
                         f"{address} died: another process has its port now", owner=str(address)
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import hmac
 import logging
@@ -29,7 +30,7 @@ from aiordt._errors import (
 from aiordt._peer import Network, RemotePeer, listen, listen_locally
 from aiordt._wire import Cancel, Failure, Hello, Message, Pull, PullReply, Seen
 from aiordt.abc import PeerAddress
-from aiordt.testing import eventually
+from aiordt.testing import TcpProxy, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -331,7 +332,7 @@ class Intruder:
             await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
     async def frame(self, body: bytes) -> None:
-        await self.send(_wire.HEADER.pack(len(body)) + body)
+        await self.send(_wire.pack_header(len(body)) + body)
 
     async def rest(self) -> bytes:
         """What comes until the other end closes, which must be soon."""
@@ -438,18 +439,19 @@ async def test_a_server_without_the_secret_is_refused(ends: Callable[..., End]) 
 
 def garbage() -> dict[str, bytes]:
     noise = random.Random(7).randbytes(5000)  # noqa: S311  (a fixed seed)
-    header = _wire.HEADER
+    header = _wire.pack_header
     odd = bytes([0x97, 1, 0x90]) + b"\xc4\x10" + bytes(16)  # a purpose that is a list
     odd += (b"\xc4\x10" + bytes(16)) * 2 + b"\xc4\x00\x80"
     return {
         "noise": noise,
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        "an empty frame": header.pack(0),
-        "an oversized frame": header.pack(0xFFFFFFFF) + noise,
-        "a frame of noise": header.pack(1000) + noise[:1000],
-        "a hello with an odd purpose": header.pack(len(odd)) + odd,
+        "an empty frame": header(0),
+        "an oversized frame": header(0xFFFFFFFF) + noise,
+        "a frame of noise": header(1000) + noise[:1000],
+        "a hello with an odd purpose": header(len(odd)) + odd,
         "half a header": b"\0\0",
-        "half a hello": header.pack(80) + bytes(10),
+        "half a hello": header(80) + bytes(10),
+        "a garbled length": _wire.HEADER.pack(1000, 1000) + noise[:1000],
         "nothing": b"",
     }
 
@@ -489,7 +491,7 @@ async def test_bad_frames_end_one_connection_only(
     odd = bytes([0x96, 1, 0x90, 1, 4, 0x92]) + b"\xa1k\xa1t\x80"  # a kind that is a list
     data = {
         "altered": sealed[:-1] + bytes([sealed[-1] ^ 1]),
-        "oversized": _wire.HEADER.pack(_wire.MAX_FRAME + 1) + bytes(64),
+        "oversized": _wire.pack_header(_wire.MAX_FRAME + 1) + bytes(64),
         "garbage": os.urandom(4096),
         "truncated": sealed[:-3],
         "odd kind": _wire.sealers(SECRET, hello, challenge.nonce)[0].seal(odd),
@@ -549,6 +551,22 @@ async def test_another_process_on_the_port_means_the_owner_died(ends: Callable[.
     with pytest.raises(OwnerDiedError, match="another process has its port"):
         await RemotePeer(stale, client.network).call(PULL)
     assert server.seen == []
+
+
+async def test_an_id_that_was_garbled_on_the_way_does_not(
+    ends: Callable[..., End],
+) -> None:
+    client, server = ends(), ends()
+    async with TcpProxy("127.0.0.1", server.port) as proxy:
+        hello = _wire.pack_hello(
+            Hello(_wire.CONTROL, client.runtime_id, server.runtime_id, bytes(16), b"")
+        )
+        proxy.corrupt(after=_wire.HEADER.size + hello.index(server.runtime_id), towards="server")
+        address = dataclasses.replace(client.peer(server).address, port=proxy.port)
+        with pytest.raises(PeerLostError):
+            await RemotePeer(address, client.network).call(PULL)
+        proxy.heal()
+        assert await RemotePeer(address, client.network).call(PULL) == PullReply(b"echo")
 
 
 async def test_a_refused_port_means_the_owner_died(ends: Callable[..., End]) -> None:
