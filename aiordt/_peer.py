@@ -371,9 +371,13 @@ class RemotePeer(Peer):
         self._connecting: asyncio.Task[Connection] | None = None
 
     async def _connected(self) -> Connection:
+        earlier = self._connecting
+        if earlier is not None:
+            with suppress(PeerLostError):  # as it was before this caller came
+                return await asyncio.shield(earlier)
         if self._connection is not None and not self._connection.closed.is_set():
             return self._connection
-        if self._connecting is None:
+        if self._connecting is None or self._connecting is earlier:
             self._connecting = asyncio.get_running_loop().create_task(
                 self._network.control(self.address)
             )
@@ -382,7 +386,8 @@ class RemotePeer(Peer):
         return await asyncio.shield(self._connecting)
 
     def _did_connect(self, task: asyncio.Task[Connection]) -> None:
-        self._connecting = None
+        if self._connecting is task:
+            self._connecting = None
         if not task.cancelled() and task.exception() is None:
             self._connection = task.result()
 

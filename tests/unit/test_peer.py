@@ -569,6 +569,24 @@ async def test_an_id_that_was_garbled_on_the_way_does_not(
         assert await RemotePeer(address, client.network).call(PULL) == PullReply(b"echo")
 
 
+async def test_who_comes_when_the_network_is_whole_again_is_not_told_how_it_was(
+    ends: Callable[..., End],
+) -> None:
+    client, server = ends(), ends()
+    async with TcpProxy("127.0.0.1", server.port) as proxy:
+        address = dataclasses.replace(client.peer(server).address, port=proxy.port)
+        peer = RemotePeer(address, client.network)
+        proxy.reset(towards="server")
+        earlier = asyncio.create_task(peer.call(PULL))
+        await eventually(lambda: proxy.num_connections > 2, what="it looks whether it lives")
+        proxy.heal()
+        assert not earlier.done()
+        async with asyncio.timeout(10):
+            assert await peer.call(PULL) == PullReply(b"echo")
+        with pytest.raises(PeerLostError, match="cannot be reached"):
+            await earlier
+
+
 async def test_a_refused_port_means_the_owner_died(ends: Callable[..., End]) -> None:
     client, server = ends(), ends()
     await server.aclose()
