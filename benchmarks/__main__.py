@@ -230,5 +230,23 @@ def crowd(
     command.run(settings, json_path=json, plot_path=plot)
 
 
+@app.command()
+def overhead(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: _Plot = None,
+    rounds: Annotated[int | None, typer.Option(help="Samples of each step: 30.")] = None,
+) -> None:
+    """What each step of a transfer takes: awaits, exports, leases, the wire."""
+    from benchmarks import overhead as command  # noqa: PLC0415
+
+    try:
+        settings = command.Settings.choose(quick=quick, rounds=rounds)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -163,7 +163,7 @@ def run(settings: Settings, *, json_path: Path | None, plot_path: Path | None) -
                 continue
             a_run.say(f"{settings.consumers} consumers, {transport}")
             try:
-                _turn(settings, transport, a_run.figures)
+                measure(settings, transport, a_run.figures)
             except (ray.exceptions.RayError, aiordt.AiordtError, TimeoutError) as exc:
                 a_run.figures.unavailable[transport] = reason(exc)
     judge(a_run.figures)
@@ -179,7 +179,8 @@ def judge(figures: Figures) -> None:
             figures.judge(f"{row.name}, {row.group}", "p99 ≤ 50 ms", p99, _LIMIT, words)
 
 
-def _turn(settings: Settings, transport: str, figures: Figures) -> None:
+def measure(settings: Settings, transport: str, figures: Figures) -> None:
+    """Add what comes of one transport; Ray has been initialised."""
     producer, other = start(_Producer), start(_Consumers)
     crowd = [start(_Consumers) for _ in range(settings.processes)]
     actors = [producer, other, *crowd]
