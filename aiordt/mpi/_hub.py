@@ -71,7 +71,7 @@ class Hub:
 
     size: int
     token: str = field(default_factory=lambda: secrets.token_hex(8))
-    key: str = field(default_factory=lambda: secrets.token_hex(16))
+    key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     members: dict[int, Member] = field(default_factory=dict)
     #: What the first rank came to that ended, or failed, before the world did.
     trouble: str = ""
