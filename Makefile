@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 SUITE := -m "not soak" -n 2 --dist loadfile
 
-.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery clean
+.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery fuzz clean
 
 $(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,7 +27,11 @@ $(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
 	fi
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.base
+$(VENV)/.$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) install -q -c $(CONSTRAINTS) -e . --group fuzz
+	touch $@
+
+demo: $(VENV)/.base
 	$(PIP) install -q -c $(CONSTRAINTS) -e . --group demo
 	touch $@
 
@@ -82,6 +86,10 @@ explore: $(VENV)/.dev
 # A thousand transfers that something happens to.
 battery: $(VENV)/.dev
 	$(BIN)/python -m tests.battery $(ARGS)
+
+# Arbitrary bytes against what reads the bytes of others; so many seconds a target.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 clean:
 	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
