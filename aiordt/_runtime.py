@@ -110,6 +110,7 @@ class Runtime(Puller):
         self._secret: asyncio.Task[bytes] | None = None
         runtime_id = os.urandom(_wire.NONCE_NBYTES)
         self._token = ctypes.create_string_buffer(runtime_id, len(runtime_id))
+        tls = _tls.load()
         host = _ray.node_ip()
         listener = listen(host)
         self.io = IoThread()
@@ -135,7 +136,7 @@ class Runtime(Puller):
             handle=self._handle,
             accept=self._accept,
             lost=self._lost,
-            tls=_tls.load(),
+            tls=tls,
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
         self.relay = Relay(

@@ -58,7 +58,9 @@ def listen(node: Any) -> None:
     node.recorder = Recorder()
     logging.getLogger().addHandler(node.recorder)
     logging.getLogger().setLevel(logging.DEBUG)
-    for loop in (_runtime.current().io.loop, asyncio.get_running_loop()):
+    runtime = _runtime.current()
+    runtime._secret = None  # it is read again, now that everything is said
+    for loop in (runtime.io.loop, asyncio.get_running_loop()):
         loop.set_debug(True)
         loop.slow_callback_duration = 0
     node.said = []

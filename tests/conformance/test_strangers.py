@@ -5,14 +5,18 @@ The threat model is in docs/explanation/security.md, which names these tests.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+import aiordt
 from aiordt import _peer, _wire
+from aiordt._arena import arena
 from aiordt._errors import AiordtError, ProtocolViolationError, TensorFreedError
 from aiordt._peer import RemotePeer
 from aiordt._sockets import local_name
@@ -179,3 +183,38 @@ async def test_a_guessed_stream_is_refused(ends: Ends) -> None:  # AUTH-1
     found = await ends.ask(*(Pull([(ends.large, 0, None)], 100_000, [name]) for name in names))
     assert {kind for kind, _ in found} == {ProtocolViolationError}
     assert len(set(found)) == 1
+
+
+async def test_odd_questions_about_shared_memory_end_one_connection(ends: Ends) -> None:
+    """By a peer with the secret: half a number, numbers of segments that there are not."""
+    shared = aiordt.empty((4096,), dtype=torch.uint8)
+    shared.copy_(ends.tensor[:4096])
+    export = ends.owner.registry.begin([shared], "test")
+    ends.owner.registry.commit(export, ["shared"])
+    segment, address = arena.locate(shared.data_ptr()), shared.data_ptr()
+    link = await ends.member.connect("shm", ends.owner.address)
+
+    async def read() -> bytes:
+        target = torch.zeros(4096, dtype=torch.uint8)
+        part = Part(export.key, 0, address, target.data_ptr(), 4096, segment=segment)
+        await link.read([part])
+        return bytes(target.numpy())
+
+    assert await read() == (MARK * 10_000)[:4096]
+    for asked, told in (
+        (bytes(3), b""),
+        (struct.pack("!Q", 2**64 - 1), struct.pack("!QQQ", 2**64 - 1, 0, 0)),
+        (b"garbage!" + bytes(5), b"garbage!" + bytes(16)),
+    ):
+        sock = await ends.member.io.run(ends.peer.open_local(os.urandom(16)))
+        sock.settimeout(10)
+        sock.sendall(asked)
+        sock.shutdown(socket.SHUT_WR)
+        heard = b""
+        with sock, contextlib.suppress(ConnectionError):
+            while data := await ends.member.workers.run(lambda sock=sock: sock.recv(1024)):
+                heard += data
+        assert heard == told
+    assert await read() == (MARK * 10_000)[:4096], "and the next one is served"
+    await link.aclose()
+    ends.owner.registry.drop(["shared"])
