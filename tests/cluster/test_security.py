@@ -32,6 +32,7 @@ from tests import worker
 from tests.support import PROGRAM_SECONDS, Node, kill
 
 MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
 
 
 # --- nowhere in logs, errors, repr and statistics -----------------------------------------------
@@ -252,7 +253,7 @@ def run(environment: dict[str, str]) -> tuple[list[Any], str]:
     }
     done = subprocess.run(  # noqa: S603  (this Python)
         [sys.executable, "-c", PROGRAM],
-        env={**inherited, **worker.environment(), "PYTHONPATH": os.getcwd(), **environment},
+        env={**inherited, **worker.environment(), "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=PROGRAM_SECONDS,
@@ -264,14 +265,6 @@ def run(environment: dict[str, str]) -> tuple[list[Any], str]:
 
 
 TOTAL = 1000 + MIB
-
-
-def test_a_cluster_with_a_token() -> None:
-    token = secrets.token_hex(32)
-    result, said = run({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
-    assert result == [TOTAL, TOTAL, "usable", True]
-    assert "aiordt's secret" not in said
-    assert token not in said
 
 
 def test_a_cluster_without_is_warned_of() -> None:
@@ -296,7 +289,12 @@ def certificates(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_a_cluster_with_tls(certificates: dict[str, str]) -> None:  # TLS-1
-    result, _ = run(certificates)
-    assert result[:2] == [TOTAL, TOTAL]
-    assert "outside TLS" in result[2]
+def test_a_cluster_with_tls_and_a_token(certificates: dict[str, str]) -> None:  # TLS-1
+    token = secrets.token_hex(32)
+    result, said = run({**certificates, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    total, here, tcp, guarded = result
+    assert total == here == TOTAL
+    assert guarded
+    assert "outside TLS" in tcp
+    assert "aiordt's secret" not in said
+    assert token not in said

@@ -6,6 +6,7 @@ The threat model is in docs/explanation/security.md, which names these tests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import struct
@@ -212,7 +213,7 @@ async def test_odd_questions_about_shared_memory_end_one_connection(ends: Ends) 
         sock.shutdown(socket.SHUT_WR)
         heard = b""
         with sock, contextlib.suppress(ConnectionError):
-            while data := await ends.member.workers.run(lambda sock=sock: sock.recv(1024)):
+            while data := await ends.member.workers.run(functools.partial(sock.recv, 1024)):
                 heard += data
         assert heard == told
     assert await read() == (MARK * 10_000)[:4096], "and the next one is served"
