@@ -95,7 +95,7 @@ class Network:
         handle: Answers requests.
         accept: Takes payload streams.
         lost: Is told when the last connection to a peer has ended.
-        tls: What control connections over the network use beside; or ``None``.
+        tls: Gives what control connections use beside; or ``None``.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Network:
         handle: Callable[[Message, bytes], Awaitable[Message | None]],
         accept: Callable[[bytes, bytes, socket.socket], bool],
         lost: Callable[[bytes], None],
-        tls: Tls | None = None,
+        tls: Callable[[], Tls | None],
     ) -> None:
         self.runtime_id = runtime_id
         self._listeners = [listener] if local is None else [listener, local]
@@ -186,7 +186,7 @@ class Network:
 
     def _welcome(self, purpose: str) -> bytes:
         """What a server says to whom it lets in, and a client waits for (TLS-1)."""
-        return _WELCOME_TLS if self._tls is not None and purpose == _wire.CONTROL else _WELCOME
+        return _WELCOME_TLS if purpose == _wire.CONTROL and self._tls() is not None else _WELCOME
 
     async def _take(
         self, sock: socket.socket, hello: _wire.Hello, sealers: tuple[Sealer, Sealer]
@@ -195,10 +195,11 @@ class Network:
         if hello.purpose == _wire.STREAM:
             sock.settimeout(None)
             return self._accept(hello.stream, hello.client, sock)
-        if self._tls is None:
+        tls = self._tls()
+        if tls is None:
             streams = await asyncio.open_connection(sock=sock)
         else:
-            streams = await _tls.serve(self._tls, sock, outgoing)
+            streams = await _tls.serve(tls, sock, outgoing)
         self._start(streams, hello.client, (outgoing, incoming))
         return True
 
@@ -279,12 +280,13 @@ class Network:
     async def control(self, address: PeerAddress) -> Connection:
         """Open a control connection; raises as `connect`."""
         sock, sealers = await self.connect(address, _wire.CONTROL)
-        if self._tls is None:
+        tls = self._tls()
+        if tls is None:
             streams = await asyncio.open_connection(sock=sock)
         else:
             try:
                 async with asyncio.timeout(HANDSHAKE_SECONDS):
-                    streams = await _tls.join(self._tls, sock, sealers[1])
+                    streams = await _tls.join(tls, sock, sealers[1])
             except (OSError, EOFError, ProtocolViolationError) as exc:
                 sock.close()
                 if await _refuses(address):

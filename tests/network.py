@@ -46,7 +46,7 @@ class End:
             handle=self.handle,
             accept=self.accept,
             lost=self.lost.append,
-            tls=tls,
+            tls=lambda: tls,
         )
         self.network.start()
         self.peers: list[RemotePeer] = []

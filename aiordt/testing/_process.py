@@ -84,6 +84,7 @@ class _Half:
             handle=self.transports.serve,
             accept=self.transports.accept,
             lost=self.transports.forget,
+            tls=lambda: None,
         )
         post(self.io.loop, self._network.start)
 

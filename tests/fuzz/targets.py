@@ -162,6 +162,7 @@ class Harness:
             handle=self.handle,
             accept=self.accept,
             lost=self.transports.forget,
+            tls=lambda: None,
         )
 
     @classmethod
