@@ -70,7 +70,8 @@ def load() -> Tls | None:
     server, client = (
         ssl.SSLContext(side) for side in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT)
     )
-    client.check_hostname = False  # TLS-2 is stronger, and Ray's certificates name what they like
+    # TLS-2 is stronger; and Ray's own helper puts addresses where Python looks for names only.
+    client.check_hostname = False
     try:
         for context in (server, client):
             context.verify_mode = ssl.CERT_REQUIRED

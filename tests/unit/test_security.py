@@ -293,8 +293,9 @@ async def test_whoever_sends_a_byte_at_a_time_is_cut_off(
     ends: MakeEnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # AUTH-2
     """The time for a handshake is for all of it, not from byte to byte; others get in meanwhile."""
-    monkeypatch.setattr(_peer, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(_peer, "HANDSHAKE_SECONDS", 1.0)
     end = ends()
+    loop = asyncio.get_running_loop()
     said = _wire.pack_hello(hello_to(end))
     said = _wire.HEADER.pack(len(said)) + said
 
@@ -302,24 +303,20 @@ async def test_whoever_sends_a_byte_at_a_time_is_cut_off(
         intruder = await Intruder.connect(end)
         sent = 0
         with contextlib.suppress(ConnectionError):
-            for byte in said:
-                sent += await asyncio.to_thread(_send_one, intruder.sock, byte)
-                await asyncio.sleep(0.02)
+            for byte in said:  # it would take 9 s
+                await loop.sock_sendall(intruder.sock, bytes([byte]))
+                sent += 1
+                await asyncio.sleep(0.1)
         intruder.sock.close()
         return sent
 
     dripping = [asyncio.create_task(drip()) for _ in range(20)]
-    await eventually(lambda: len(end.network._handshakes) == 20, what="all of them have begun")
+    await eventually(lambda: len(end.network._handshakes) >= 10, what="they have begun")
     monkeypatch.setattr(_peer, "HANDSHAKE_SECONDS", 5.0)
     assert await ends().peer(end).call(PULL) == PullReply(b"echo"), "an honest one gets in"
     assert all(sent < len(said) for sent in await asyncio.gather(*dripping))
     await eventually(lambda: not end.network._handshakes, what="all of them were ended")
     assert len(end.seen) == 1
-
-
-def _send_one(sock: socket.socket, byte: int) -> int:
-    sock.settimeout(1)
-    return sock.send(bytes([byte]))
 
 
 async def test_a_crowd_at_the_door_does_not_stop_what_goes_on_inside(ends: MakeEnd) -> None:
