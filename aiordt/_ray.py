@@ -30,7 +30,7 @@ from ray.remote_function import RemoteFunction
 from ray.util.client import ray as ray_client
 
 from aiordt._errors import ClosedError, OwnerDiedError, UnavailableError, UsageError
-from aiordt._types import Owner
+from aiordt._types import Owner, Secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -150,7 +150,18 @@ def is_gone(owner: Owner) -> bool:
     return bool(actor) and (actor["State"] == "DEAD" or actor["Pid"] != owner.pid)
 
 
-def read_secret(session: Session) -> bytes:
+def is_guarded() -> bool:
+    """Whether this cluster lets only those in who know its token, and so read its secret."""
+    mode = getattr(ray._raylet, "get_authentication_mode", None)  # noqa: SLF001  (Ray 2.60)
+    return mode is not None and mode() == ray._raylet.AuthenticationMode.TOKEN  # noqa: SLF001
+
+
+def is_driver() -> bool:
+    """Whether this process is a driver, which speaks to whoever started the program."""
+    return bool(ray_worker.global_worker.mode == ray_worker.SCRIPT_MODE)
+
+
+def read_secret(session: Session) -> Secret:
     """The cluster's secret, made by whoever asks first. Blocks for a round trip or two.
 
     Raises:
@@ -163,7 +174,7 @@ def read_secret(session: Session) -> bytes:
     if found is None:
         client.internal_kv_put(_KV_SECRET, os.urandom(32), False, _KV_NAMESPACE)  # noqa: FBT003
         found = client.internal_kv_get(_KV_SECRET, _KV_NAMESPACE)  # the first writer's
-    return bytes(found)
+    return Secret(found)
 
 
 # --- actors --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from typing_extensions import override
 
+from aiordt import _tls
 from aiordt._errors import AiordtError, ClosedError, ProtocolViolationError
 from aiordt._memory import view_memory
 from aiordt._metrics import phase
@@ -45,6 +46,7 @@ _MAX_SENDERS: Final = 1 << 16
 _MAX_PULLS: Final = 8
 _MAX_IDLE_STREAMS: Final = 2 * _MAX_PULLS
 _IOV_MAX: Final = 1024
+_PLAIN: Final = "more than 64 KiB at a time travel outside TLS: neither encrypted nor authenticated"
 
 
 def _stripes(nbytes: int, count: int) -> list[tuple[int, int]]:
@@ -227,7 +229,7 @@ class TcpTransport(Transport):
     @classmethod
     @override
     def probe(cls) -> Availability:
-        return Availability(usable=True)
+        return Availability(usable=True, reason=_PLAIN if _tls.in_use() else "")
 
     @override
     async def connect(self, peer: Peer) -> TcpLink:
@@ -237,6 +239,8 @@ class TcpTransport(Transport):
     @override
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
         key = (peer_id, stream)
+        if key in self._accepted:
+            return False  # else nobody would close the one that has the name
         self._accepted[key] = sock
         self._io.loop.add_reader(sock, self._hung_up, key)
         return True
