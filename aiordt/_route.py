@@ -15,7 +15,7 @@ from aiordt._errors import (
     PeerLostError,
     UnavailableError,
 )
-from aiordt._landing import out_of_reach
+from aiordt._landing import describe, out_of_reach
 from aiordt._metrics import phase
 from aiordt._peer import RemotePeer
 from aiordt._progress import post
@@ -38,6 +38,19 @@ _log = logging.getLogger(__name__)
 #: Transports that move only some of a process's tensors, so they are no way to it in general.
 _PARTIAL: Final = frozenset({"shm"})
 NOT_SHARED: Final = "the tensor is not in shared memory: its owner can make it with aiordt.empty()"
+
+
+def check_shared(ref: Pullable, forced: str | None) -> None:
+    """Refuse a transport through shared memory for a tensor that is not there.
+
+    Raises:
+        UnavailableError: ``forced`` is such a transport.
+    """
+    if forced == "shm" and not ref.meta.segment:
+        reason = NOT_SHARED
+        raise UnavailableError(
+            f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
+        )
 
 
 @dataclass(slots=True)
