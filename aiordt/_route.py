@@ -24,7 +24,7 @@ from aiordt.abc import SharedLink
 from aiordt.transports import names, probe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aiordt._landing import Header, Pullable
     from aiordt._peer import Network
@@ -82,6 +82,7 @@ class Routes:
         self._preferred = preferred
         self._lock = threading.Lock()
         self._ways: dict[bytes, _Way] = {}
+        self._seen: Callable[[str, Link], None] | None = None
 
     def availability(self, name: str) -> str:
         """Why a transport cannot be used in this process; empty if it can."""
@@ -140,6 +141,20 @@ class Routes:
             for link in _links(way):
                 await link.aclose()
 
+    def watch_links(self, seen: Callable[[str, Link], None] | None) -> None:
+        """Let ``seen`` have each link, those that there are and those to come; ``None``: no more.
+
+        It is called before a link is used, with its transport, on any thread.
+        """
+        with self._lock:
+            self._seen = seen
+            if seen is None:
+                return
+            for way in self._ways.values():
+                for name, link in list(way.links.items()):
+                    if not isinstance(link, UnavailableError):
+                        seen(name, link)
+
     async def _link(self, way: _Way, name: str) -> Link:
         """The link by one transport.
 
@@ -163,7 +178,10 @@ class Routes:
                 post(self._io.loop, self.forget, way.peer.address.runtime_id)
                 raise
             else:
-                known = way.links.setdefault(name, made)
+                with self._lock:
+                    if self._seen is not None:
+                        self._seen(name, made)
+                    known = way.links.setdefault(name, made)
                 if known is made and made.death_fd is not None:
                     post(self._io.loop, self._watch, made.death_fd, way)
         if isinstance(known, UnavailableError):
