@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from aiordt import _config, _copies, _ray, _tls, _wire
+from aiordt import _config, _copies, _integrity, _ray, _tls, _wire
 from aiordt._admission import Admission
 from aiordt._errors import (
     AiordtError,
@@ -35,7 +35,7 @@ from aiordt._progress import Inbox, IoThread, Workers, post
 from aiordt._pull import STALE_REF, Puller
 from aiordt._registry import Registry
 from aiordt._relay import Relay
-from aiordt._route import Routes
+from aiordt._route import Routes, check_shared
 from aiordt._sockets import listen, listen_locally
 from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
@@ -150,6 +150,9 @@ class Runtime(Puller):
             workers=self.workers,
             limit=config.relay_nbytes if "shm" in config.transports else 0,
         )
+        self.checks = _integrity.Checks(
+            self.io, self.registry, self.routes, self.relay, self.workers
+        )
         self.services = [make(self) for make in _services]
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
@@ -208,6 +211,8 @@ class Runtime(Puller):
             return message
         if isinstance(message, TransportMessage) and message.transport == _copies.NAME:
             return await self.relay.serve(message, peer_id)
+        if isinstance(message, TransportMessage) and message.transport == _integrity.NAME:
+            return await self.checks.serve(message)
         if isinstance(message, TransportMessage):
             for service in self.services:
                 if message.transport == service.name:
@@ -256,7 +261,7 @@ class Runtime(Puller):
         if tensor is not None:
             self.came_along(ref)
             return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
-        self.check_shared(ref, "shm")
+        check_shared(ref, "shm")
         link, stride, nbytes = await self._shared(ref)
         flat = await link.view(ref.meta.segment, ref.meta.address, nbytes)
         return as_seen(laid_out(flat.view(dtype_of(ref.meta.dtype)), ref.meta.shape, stride), ref)

@@ -52,6 +52,8 @@ FLAG_PARAMETER: Final = 2
 FLAG_NUMPY: Final = 4
 #: Its owner never writes to it again.
 FLAG_FROZEN: Final = 8
+#: Whoever pulls it checks what came.
+FLAG_CHECKED: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
