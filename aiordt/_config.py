@@ -43,7 +43,8 @@ class Config:
         inline_nbytes: Tensors up to this size travel inside their ref, by value.
         inline_result_nbytes: ... and up to this many bytes in one result.
         max_in_flight_bytes: Pulls beyond this many bytes wait their turn, first come first
-            served; a larger single tensor is let in alone.
+            served. At most half of it comes from one owner, and what is larger counts as half.
+            Tensors up to 1 MiB have a quarter as much for themselves.
         pool_nbytes: Receive memory kept for reuse; beyond it ordinary memory is used. As much
             unused shared memory is kept, too.
         arena_nbytes: Shared memory that `aiordt.empty` may take; half of the machine's.

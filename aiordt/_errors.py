@@ -163,7 +163,7 @@ class ClosedError(AiordtError):
 
 
 class AuthenticationError(AiordtError):
-    """The two ends of a connection do not share the cluster's secret.
+    """The two ends of a connection do not share the cluster's secret, or cannot agree on TLS.
 
     Attributes:
         peer: The address that failed to prove itself.

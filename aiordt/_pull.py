@@ -51,11 +51,12 @@ from aiordt.abc import DrawingLink
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
+    from aiordt._admission import Admission
     from aiordt._config import Config
     from aiordt._integrity import Checks
     from aiordt._memory import Pool
     from aiordt._metrics import Counters
-    from aiordt._progress import Admission, Inbox, Workers
+    from aiordt._progress import Inbox, Workers
     from aiordt._ray import Session
     from aiordt._registry import Registry
     from aiordt._relay import Relay
@@ -307,8 +308,8 @@ class Puller:
             if wanted.known is None:
                 check_reach(transport, link, [wanted.refs[number] for number in numbers])
         into = call.into
-        limit = self.config.max_in_flight_bytes
-        for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
+        share = self._admission.share
+        for some in parcels(wanted.ties, numbers, wanted.sizes, share):
             batch = Batch(
                 [wanted.refs[number] for number in some],
                 [wanted.sizes[number] for number in some],
@@ -429,7 +430,8 @@ class Puller:
     ) -> list[Any]:
         """One batch; the leases are held by the caller's frame until it has ended."""
         refs, nbytes = batch.refs, sum(batch.sizes)
-        await self._admission.acquire(nbytes)
+        peer_id = refs[0].header.address.runtime_id
+        await self._admission.acquire(peer_id, nbytes)
         self.counters.started(len(refs))
         try:
             phase("pull.admitted")
@@ -447,7 +449,7 @@ class Puller:
             phase("pull.arrived")
         finally:
             self.counters.ended(len(refs))
-            self._admission.release(nbytes)
+            self._admission.release(peer_id, nbytes)
         self.arrived(refs)
         if batch.copy_nbytes > _COPY_ON_LOOP_NBYTES:
             tensors = await finish(self.workers.run(batch.finish))  # OWN-1: the caller's tensors
@@ -464,10 +466,8 @@ class Puller:
             await link.read_drawn(coming, segments)
             self.counters.pulled(name, len(batch.refs), batch.nbytes)
             return []
-        if len(batch.refs) > _LAND_ON_LOOP_COUNT:
-            parts = await finish(self.workers.run(lambda: [*coming]))
-        else:
-            parts = [*coming]
+        many = len(batch.refs) > _LAND_ON_LOOP_COUNT
+        parts = await finish(self.workers.run(lambda: [*coming])) if many else [*coming]
         # A neighbour may read by a link that does not convert.
         converted = any(part.cut is not None and part.cut.dtype is not None for part in parts)
         if shared and not converted and self.relay.wants(parts):

@@ -48,6 +48,7 @@ from aiordt._copies import (
     fetch_request,
     meeting_name,
     pack_address,
+    same_user,
     steps,
     unpack_address,
     unpacked,
@@ -215,6 +216,8 @@ class Relay:
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 try:
                     await loop.sock_connect(sock, meeting_name(key))
+                    if not same_user(sock):
+                        raise PermissionError(errno.EPERM, "another user's process has the name")
                     data = await loop.sock_recv(sock, 1024)
                 except (ConnectionError, BlockingIOError) as exc:  # it has just gone
                     raise UnavailableError(str(exc), reason=str(exc), transport=NAME) from exc
@@ -231,7 +234,8 @@ class Relay:
         with contextlib.suppress(OSError):
             sock, _ = listener.accept()
             with sock:
-                sock.send(pack_address(self._address), socket.MSG_DONTWAIT)
+                if same_user(sock):
+                    sock.send(pack_address(self._address), socket.MSG_DONTWAIT)
 
     async def _read_own(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
         entries = await self._io.run(self._fetch(address, key, parts))

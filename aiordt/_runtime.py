@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import logging
 import os
 import threading
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from aiordt import _config, _copies, _integrity, _ray, _wire
+from aiordt import _config, _copies, _integrity, _ray, _tls, _wire
+from aiordt._admission import Admission
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -25,14 +27,16 @@ from aiordt._errors import (
 from aiordt._exports import warn_if_shared
 from aiordt._landing import as_seen, confirm, dense_stride_of, dress, dtype_of
 from aiordt._layout import span
+from aiordt._markers import Markers
 from aiordt._memory import Pool, laid_out
 from aiordt._metrics import Counters
-from aiordt._peer import Network, listen, listen_locally
-from aiordt._progress import Admission, Inbox, IoThread, Workers, post
+from aiordt._peer import Network
+from aiordt._progress import Inbox, IoThread, Workers, post
 from aiordt._pull import STALE_REF, Puller
 from aiordt._registry import Registry
 from aiordt._relay import Relay
 from aiordt._route import Routes, check_shared
+from aiordt._sockets import listen, listen_locally
 from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
@@ -123,7 +127,7 @@ class Runtime(Puller):
         allow_readers()
         self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         dropped = Inbox(self.io.loop, self.registry.drop)
-        self.markers = _ray.Markers(self.workers, dropped.put)
+        self.markers = Markers(self.workers, dropped.put)
         self._unsent: list[Header] = []
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
@@ -134,6 +138,7 @@ class Runtime(Puller):
             handle=self._handle,
             accept=self._accept,
             lost=self._lost,
+            tls=functools.cache(_tls.load),
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
         self.relay = Relay(
@@ -178,6 +183,11 @@ class Runtime(Puller):
                         peer="GCS",
                     ) from exc
 
+            if _ray.is_driver() and not _ray.is_guarded():
+                _log.warning(
+                    "this Ray cluster has no token authentication (RAY_AUTH_MODE=token): whoever "
+                    "reaches it can read aiordt's secret, and run code in it"
+                )
             self._secret = asyncio.get_running_loop().create_task(read())
         return await asyncio.shield(self._secret)
 
