@@ -462,10 +462,8 @@ class Puller:
             await link.read_drawn(coming, segments)
             self.counters.pulled(name, len(batch.refs), batch.nbytes)
             return []
-        if len(batch.refs) > _LAND_ON_LOOP_COUNT:
-            parts = await finish(self.workers.run(lambda: [*coming]))
-        else:
-            parts = [*coming]
+        many = len(batch.refs) > _LAND_ON_LOOP_COUNT
+        parts = await finish(self.workers.run(lambda: [*coming])) if many else [*coming]
         # A neighbour may read by a link that does not convert.
         converted = any(part.cut is not None and part.cut.dtype is not None for part in parts)
         if shared and not converted and self.relay.wants(parts):

@@ -40,7 +40,7 @@ class FaultPlan:
 
     Operations are reads and views. They are counted from 1, in the order in which they begin,
     whoever is at the other end. All tensors of one owner that one call wants by one transport
-    are one operation, up to ``max_in_flight_bytes``.
+    are one operation, unless they are too many bytes for one (`aiordt.Config`).
 
     Attributes:
         fail: By its number, what an operation raises, before it has read anything.

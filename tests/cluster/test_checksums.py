@@ -211,15 +211,32 @@ async def test_exports_of_a_thread_are_checked(spawn: Any) -> None:
     assert torch.equal(await pulled(ref), arange(_NBYTES))
 
 
+def install(node: Any) -> None:
+    node.kept["device"] = FakeDevice()
+    node.kept["device"].install()
+
+
+def waits(node: Any) -> int:
+    return sum(len(event._waiters) for event in node.kept["device"].events)
+
+
+async def test_an_export_that_is_cancelled_while_it_waits(owner: Any) -> None:  # CAN-1
+    async def cancelled(node: Any) -> tuple[bool, int]:
+        install(node)
+        try:
+            task = asyncio.ensure_future(aiordt.put(arange(MIB)))
+            await eventually(lambda: waits(node), what="it waits for the device")
+            task.cancel()
+            await asyncio.wait({task})
+        finally:
+            node.kept["device"].remove()
+        return task.cancelled(), aiordt.stats().exports
+
+    assert await owner.run.remote(cancelled) == (True, 0)
+
+
 async def test_checksums_are_of_what_a_device_made(owner: Any) -> None:  # DEV-1
     """The export waits for the device, so that they are of what it made."""
-
-    def install(node: Any) -> None:
-        node.kept["device"] = FakeDevice()
-        node.kept["device"].install()
-
-    def waits(node: Any) -> int:
-        return sum(len(event._waiters) for event in node.kept["device"].events)
 
     async def waiting() -> bool:
         return bool(await owner.run.remote(waits))

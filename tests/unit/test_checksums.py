@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiordt import _checksums, _integrity
-from aiordt._errors import InvalidValueError, ProtocolViolationError, TensorFreedError
+from aiordt._errors import AiordtError, InvalidValueError, ProtocolViolationError, TensorFreedError
 from aiordt._integrity import GARBLED, INTACT, OVERWRITTEN, Checks
 from aiordt._layout import Cut
 from aiordt._memory import in_memory_order, raw_bytes, view_memory
@@ -235,6 +236,30 @@ async def test_questions_that_cannot_be_answered() -> None:
         with pytest.raises(ProtocolViolationError):
             await owner.checks.serve(TransportMessage(_integrity.NAME, body))
     owner.close()
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers(-(2**63), 2**63) | st.binary(max_size=20) | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=4),
+        max_leaves=12,
+    )
+    | st.tuples(
+        st.just(pack_items([(b"k" * 16, 0, None)])),
+        st.lists(st.integers(-5, 5) | st.none(), max_size=2),
+        st.lists(st.binary(max_size=9) | st.integers(-5, 5), max_size=2),
+    )
+)
+def test_any_question_is_answered_or_refused(question: Any) -> None:  # WIRE-2
+    async def main() -> None:
+        owner = Owner([])
+        try:
+            with suppress(AiordtError):  # and nothing else
+                await owner.checks.serve(TransportMessage(_integrity.NAME, msgpack.packb(question)))
+        finally:
+            owner.close()
+
+    asyncio.run(main())
 
 
 async def test_sums_are_gone_with_their_export() -> None:
