@@ -10,6 +10,7 @@ Hierarchy::
     ├── OutOfMemoryError        aiordt's memory is used up; and it is a MemoryError
     ├── UnavailableError        a transport cannot be used here; `reason` says why
     ├── TransferError           one transfer failed after it had started
+    │   └── ChecksumError       ... since something else arrived than was exported
     ├── OwnerDiedError          the process that held the tensor is gone
     ├── PeerLostError           a process cannot be reached
     ├── TensorFreedError        the tensor was given up
@@ -106,6 +107,23 @@ class TransferError(AiordtError):
         self.transport = transport
         self.peer = peer
         self.nbytes = nbytes
+
+
+class ChecksumError(TransferError):
+    """What arrived is not what was exported; it was handed to nobody.
+
+    Raised for tensors of a process with the setting ``checksums``.
+
+    Attributes:
+        overwritten: Whether the owner wrote over the tensor; if not, it has it still, and the bytes
+            were changed on the way.
+    """
+
+    def __init__(
+        self, message: str, *, transport: str, peer: str, nbytes: int, overwritten: bool
+    ) -> None:
+        super().__init__(message, transport=transport, peer=peer, nbytes=nbytes)
+        self.overwritten = overwritten
 
 
 class OwnerDiedError(AiordtError):

@@ -64,7 +64,7 @@ _WELCOMES: Final = (_WELCOME, _WELCOME_TLS)
 
 async def _send_frame(sock: socket.socket, body: bytes) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(sock, _wire.HEADER.pack(len(body)) + body)
+    await loop.sock_sendall(sock, _wire.pack_header(len(body)) + body)
 
 
 async def _receive_frame(sock: socket.socket) -> bytes:
@@ -157,7 +157,7 @@ class Network:
                 hello = _wire.unpack_hello(await _receive_frame(sock))
                 tune(sock, impatient=hello.purpose == _wire.CONTROL)
                 if hello.server != self.runtime_id:
-                    await _send_frame(sock, _STALE)
+                    await _send_frame(sock, _STALE + hello.server)
                     return
                 sealers = await self._authenticate(sock, hello)
                 taken = await self._take(sock, hello, sealers)
@@ -250,7 +250,7 @@ class Network:
                 tune(sock, impatient=purpose == _wire.CONTROL)
                 await _send_frame(sock, _wire.pack_hello(hello))
                 answer = await _receive_frame(sock)
-                if answer == _STALE:
+                if answer == _STALE + address.runtime_id:  # else what was asked had been garbled
                     raise OwnerDiedError(
                         f"{address} died: another process has its port now", owner=str(address)
                     )
@@ -370,9 +370,13 @@ class RemotePeer(Peer):
         self._connecting: asyncio.Task[Connection] | None = None
 
     async def _connected(self) -> Connection:
+        earlier = self._connecting
+        if earlier is not None:
+            with suppress(PeerLostError):  # as it was before this caller came
+                return await asyncio.shield(earlier)
         if self._connection is not None and not self._connection.closed.is_set():
             return self._connection
-        if self._connecting is None:
+        if self._connecting is None or self._connecting is earlier:
             self._connecting = asyncio.get_running_loop().create_task(
                 self._network.control(self.address)
             )
@@ -381,7 +385,8 @@ class RemotePeer(Peer):
         return await asyncio.shield(self._connecting)
 
     def _did_connect(self, task: asyncio.Task[Connection]) -> None:
-        self._connecting = None
+        if self._connecting is task:
+            self._connecting = None
         if not task.cancelled() and task.exception() is None:
             self._connection = task.result()
 
@@ -431,13 +436,27 @@ class RemotePeer(Peer):
                 f"{self.address} cannot be reached any more: {cause}", peer=str(self.address)
             )
         if connection is None or connection.closed.is_set():
-            return OwnerDiedError(
-                f"{self.address} died (its connection ended), and its tensors with it",
-                owner=str(self.address),
-            )
+            return await self._fate(cause)
         return TransferError(
             f"{transport}: receiving {nbytes} bytes from {self.address} failed: {cause}",
             transport=transport,
             peer=str(self.address),
             nbytes=nbytes,
+        )
+
+    async def _fate(self, cause: Exception) -> Exception:
+        """What became of a process whose connection has ended: that is said by its port only."""
+        try:
+            await self._connected()
+        except OwnerDiedError:
+            return OwnerDiedError(
+                f"{self.address} died (its connection ended), and its tensors with it",
+                owner=str(self.address),
+            )
+        except AiordtError as exc:
+            return exc
+        return PeerLostError(
+            f"the connection to {self.address} broke: {cause}; it lives and can be reached "
+            "again: await the ref once more",
+            peer=str(self.address),
         )

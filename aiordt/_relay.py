@@ -63,7 +63,7 @@ from aiordt._errors import (
 )
 from aiordt._fanout import Fanout
 from aiordt._metrics import phase
-from aiordt._progress import finish, run_all
+from aiordt._progress import finish, post, run_all
 from aiordt._types import MIB, Owner
 from aiordt._wire import pack_items, unpack_items
 from aiordt.abc import Part, PeerAddress, TransportMessage
@@ -123,6 +123,7 @@ class Relay:
         self._copies: dict[bytes, Copy] = {}  # least recently used first
         self._pins: dict[tuple[bytes, int], Pin] = {}
         self._numbers = itertools.count(1)
+        self._distrusted: set[bytes] = set()
         self.fanout = Fanout(registry)
 
     @property
@@ -144,13 +145,22 @@ class Relay:
         direct: list[Part] = []
         reads = []
         for key, group in exports.items():
-            if MIN_NBYTES <= sum(part.nbytes for part in group) <= self._limit:
+            nbytes = sum(part.nbytes for part in group)
+            if MIN_NBYTES <= nbytes <= self._limit and key not in self._distrusted:
                 reads.append(self._read_export(address, key, group, name, link))
             else:
                 direct += group
         if direct:
             reads.append(self._read_direct(direct, name, link))
         await run_all(reads)
+
+    def distrust(self, key: bytes) -> None:
+        """What came of an export was wrong: have it from its owner only, from now on. Any thread.
+
+        What this process keeps of it goes; others find out by themselves.
+        """
+        self._distrusted.add(key)
+        post(self._io.loop, self._drop, key)
 
     async def _read_direct(self, parts: Sequence[Part], name: str, link: Link) -> None:
         await link.read(parts)

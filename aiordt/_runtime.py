@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from aiordt import _config, _copies, _ray, _tls, _wire
+from aiordt import _config, _copies, _integrity, _ray, _tls, _wire
+from aiordt._admission import Admission
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -26,14 +27,15 @@ from aiordt._errors import (
 from aiordt._exports import warn_if_shared
 from aiordt._landing import as_seen, confirm, dense_stride_of, dress, dtype_of
 from aiordt._layout import span
+from aiordt._markers import Markers
 from aiordt._memory import Pool, laid_out
 from aiordt._metrics import Counters
 from aiordt._peer import Network
-from aiordt._progress import Admission, Inbox, IoThread, Workers, post
+from aiordt._progress import Inbox, IoThread, Workers, post
 from aiordt._pull import STALE_REF, Puller
 from aiordt._registry import Registry
 from aiordt._relay import Relay
-from aiordt._route import Routes
+from aiordt._route import Routes, check_shared
 from aiordt._sockets import listen, listen_locally
 from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
@@ -125,7 +127,7 @@ class Runtime(Puller):
         allow_readers()
         self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         dropped = Inbox(self.io.loop, self.registry.drop)
-        self.markers = _ray.Markers(self.workers, dropped.put)
+        self.markers = Markers(self.workers, dropped.put)
         self._unsent: list[Header] = []
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
@@ -147,6 +149,9 @@ class Runtime(Puller):
             counters=self.counters,
             workers=self.workers,
             limit=config.relay_nbytes if "shm" in config.transports else 0,
+        )
+        self.checks = _integrity.Checks(
+            self.io, self.registry, self.routes, self.relay, self.workers
         )
         self.services = [make(self) for make in _services]
         post(self.io.loop, self._network.start)
@@ -206,6 +211,8 @@ class Runtime(Puller):
             return message
         if isinstance(message, TransportMessage) and message.transport == _copies.NAME:
             return await self.relay.serve(message, peer_id)
+        if isinstance(message, TransportMessage) and message.transport == _integrity.NAME:
+            return await self.checks.serve(message)
         if isinstance(message, TransportMessage):
             for service in self.services:
                 if message.transport == service.name:
@@ -254,7 +261,7 @@ class Runtime(Puller):
         if tensor is not None:
             self.came_along(ref)
             return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
-        self.check_shared(ref, "shm")
+        check_shared(ref, "shm")
         link, stride, nbytes = await self._shared(ref)
         flat = await link.view(ref.meta.segment, ref.meta.address, nbytes)
         return as_seen(laid_out(flat.view(dtype_of(ref.meta.dtype)), ref.meta.shape, stride), ref)

@@ -125,7 +125,7 @@ class Intruder:
             await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
     async def frame(self, body: bytes) -> None:
-        await self.send(_wire.HEADER.pack(len(body)) + body)
+        await self.send(_wire.pack_header(len(body)) + body)
 
     async def rest(self) -> bytes:
         """What comes until the other end closes, which must be soon."""

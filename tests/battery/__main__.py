@@ -8,6 +8,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,20 +22,26 @@ from tests.battery.trials import READING, Actors, Trial
 
 
 async def battery(
-    seeds: list[int], transports: tuple[str, ...], faults: tuple[str, ...]
+    seeds: list[int], transports: tuple[str, ...], faults: tuple[str, ...], at_once: int
 ) -> list[Trial]:
-    """Run the trials of some seeds, one after the other."""
-    actors = Actors()
-    done = []
-    for number, seed in enumerate(seeds):
-        trial = trials.make(seed, transports, faults)
-        await trials.run(trial, actors)
-        done.append(trial)
-        if trial.failed:
-            rich.print(f"FAILED {trial}: {trial.failed}", flush=True)
-        elif number % 50 == 0:
-            rich.print(f"{number}: {trial}", flush=True)
-    return done
+    """Run the trials of some seeds, so many at a time, each with actors of its own."""
+    left = deque(seeds)
+    done: list[Trial] = []
+
+    async def run_some() -> None:
+        actors = Actors()
+        while left:
+            trial = trials.make(left.popleft(), transports, faults)
+            await trials.run(trial, actors)
+            done.append(trial)
+            if trial.failed:
+                rich.print(f"FAILED {trial}: {trial.failed}", flush=True)
+            elif len(done) % 50 == 0:
+                rich.print(f"{len(done)}: {trial}", flush=True)
+        await actors.end_all()
+
+    await asyncio.gather(*(run_some() for _ in range(at_once)))
+    return sorted(done, key=lambda trial: trial.seed)
 
 
 def table(done: list[Trial]) -> str:
@@ -72,6 +79,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--transports", default=",".join(READING))
     parser.add_argument("--faults", default=",".join(trials.FAULTS))
+    parser.add_argument("--at-once", type=int, default=3)
     parser.add_argument("--report", type=Path, help="write the table there")
     options = parser.parse_args()
     usable = tuple(name for name in options.transports.split(",") if probe(name).usable)
@@ -79,7 +87,7 @@ def main() -> int:
     ray.init(num_cpus=2, log_to_driver=False, logging_level="error", include_dashboard=False)
     begun = time.monotonic()
     seeds = list(range(options.seed, options.seed + options.trials))
-    done = asyncio.run(battery(seeds, usable, faults))
+    done = asyncio.run(battery(seeds, usable, faults, options.at_once))
     ray.shutdown()
     failed = [trial for trial in done if trial.failed]
     text = table(done)

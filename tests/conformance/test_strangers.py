@@ -102,7 +102,7 @@ def hear(where: tuple[str, int] | bytes, *said: bytes) -> bytes:
 
 
 def framed(body: bytes) -> bytes:
-    return _wire.HEADER.pack(len(body)) + body
+    return _wire.pack_header(len(body)) + body
 
 
 @pytest.mark.parametrize("where", ["network", "local"])
@@ -125,12 +125,13 @@ async def test_a_stranger_learns_nothing(ends: Ends, where: str, purpose: str) -
             heard += await ends.hear(at, hello, requests)
             heard += await ends.hear(at, requests)
     assert heard, "challenges, at least"
-    known = {framed(_peer._STALE), framed(_peer._BAD_SECRET)}
+    known = {framed(_peer._STALE + bytes(16)), framed(_peer._BAD_SECRET)}
     while heard:
-        length = _wire.HEADER.size + _wire.frame_length(heard[:4])
+        size = _wire.HEADER.size
+        length = size + _wire.frame_length(heard[:size])
         frame, heard = heard[:length], heard[length:]
         if frame not in known:
-            challenge = _wire.unpack_challenge(frame[4:])  # 16 random bytes and a digest
+            challenge = _wire.unpack_challenge(frame[size:])  # 16 random bytes and a digest
             assert frame == framed(_wire.pack_challenge(challenge))
             for secret in (ends.key, MARK, _SECRET, owner.host.encode()):
                 assert secret not in frame

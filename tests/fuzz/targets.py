@@ -65,7 +65,7 @@ class Target:
 
 
 def framed(body: bytes) -> bytes:
-    return _wire.HEADER.pack(len(body)) + body
+    return _wire.pack_header(len(body)) + body
 
 
 def encoded(kind: int = _wire.KIND_REQUEST) -> list[bytes]:

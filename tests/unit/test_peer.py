@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import hmac
 import logging
@@ -28,9 +29,9 @@ from aiordt._errors import (
 )
 from aiordt._peer import RemotePeer
 from aiordt._sockets import listen
-from aiordt._wire import Cancel, Failure, Message, Pull, PullReply, Seen
+from aiordt._wire import Cancel, Failure, Hello, Message, Pull, PullReply, Seen
 from aiordt.abc import PeerAddress
-from aiordt.testing import eventually
+from aiordt.testing import TcpProxy, eventually
 from tests.network import PULL, SECRET, Intruder, MakeEnd, hello_to, made_ends
 
 if TYPE_CHECKING:
@@ -151,8 +152,12 @@ async def test_cancelling_one_of_two_first_callers(ends: MakeEnd) -> None:
     assert await second == PullReply(b"echo")
 
 
-async def test_a_lost_connection_ends_pending_calls(ends: MakeEnd) -> None:
-    left, right = ends(), ends()  # RPC-1, DTH-1
+@pytest.mark.parametrize("lives", [True, False])
+async def test_a_lost_connection_ends_pending_calls(
+    ends: MakeEnd,
+    lives: bool,  # noqa: FBT001
+) -> None:  # RPC-1, DTH-1
+    left, right = ends(), ends()
     started = asyncio.Event()
 
     async def hang(_: Message) -> Message:
@@ -164,11 +169,15 @@ async def test_a_lost_connection_ends_pending_calls(ends: MakeEnd) -> None:
     peer = left.peer(right)
     tasks = [asyncio.create_task(peer.call(PULL)) for _ in range(5)]
     await asyncio.wait_for(started.wait(), 5)
-    for connection in list(right.network._connections):
-        await connection.aclose()
+    if lives:
+        for connection in list(right.network._connections):
+            await connection.aclose()
+    else:
+        await right.network.aclose()
     done, _ = await asyncio.wait(tasks, timeout=2)
     assert len(done) == 5, "DTH-1: within 2 s"
-    assert all(isinstance(task.exception(), OwnerDiedError) for task in tasks)
+    expected = PeerLostError if lives else OwnerDiedError
+    assert all(isinstance(task.exception(), expected) for task in tasks)
     assert left.lost == [right.runtime_id]
     assert right.lost == [left.runtime_id]
 
@@ -313,18 +322,19 @@ async def test_a_server_without_the_secret_is_refused(ends: MakeEnd) -> None:
 
 def garbage() -> dict[str, bytes]:
     noise = random.Random(7).randbytes(5000)  # noqa: S311  (a fixed seed)
-    header = _wire.HEADER
+    header = _wire.pack_header
     odd = bytes([0x97, 1, 0x90]) + b"\xc4\x10" + bytes(16)  # a purpose that is a list
     odd += (b"\xc4\x10" + bytes(16)) * 2 + b"\xc4\x00\x80"
     return {
         "noise": noise,
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        "an empty frame": header.pack(0),
-        "an oversized frame": header.pack(0xFFFFFFFF) + noise,
-        "a frame of noise": header.pack(1000) + noise[:1000],
-        "a hello with an odd purpose": header.pack(len(odd)) + odd,
+        "an empty frame": header(0),
+        "an oversized frame": header(0xFFFFFFFF) + noise,
+        "a frame of noise": header(1000) + noise[:1000],
+        "a hello with an odd purpose": header(len(odd)) + odd,
         "half a header": b"\0\0",
-        "half a hello": header.pack(80) + bytes(10),
+        "half a hello": header(80) + bytes(10),
+        "a garbled length": _wire.HEADER.pack(1000, 1000) + noise[:1000],
         "nothing": b"",
     }
 
@@ -364,7 +374,7 @@ async def test_bad_frames_end_one_connection_only(
     odd = bytes([0x96, 1, 0x90, 1, 4, 0x92]) + b"\xa1k\xa1t\x80"  # a kind that is a list
     data = {
         "altered": sealed[:-1] + bytes([sealed[-1] ^ 1]),
-        "oversized": _wire.HEADER.pack(_wire.MAX_FRAME + 1) + bytes(64),
+        "oversized": _wire.pack_header(_wire.MAX_FRAME + 1) + bytes(64),
         "garbage": os.urandom(4096),
         "truncated": sealed[:-3],
         "odd kind": _wire.sealers(SECRET, hello, challenge.nonce)[0].seal(odd),
@@ -424,6 +434,40 @@ async def test_another_process_on_the_port_means_the_owner_died(ends: MakeEnd) -
     with pytest.raises(OwnerDiedError, match="another process has its port"):
         await RemotePeer(stale, client.network).call(PULL)
     assert server.seen == []
+
+
+async def test_an_id_that_was_garbled_on_the_way_does_not(
+    ends: MakeEnd,
+) -> None:
+    client, server = ends(), ends()
+    async with TcpProxy("127.0.0.1", server.port) as proxy:
+        hello = _wire.pack_hello(
+            Hello(_wire.CONTROL, client.runtime_id, server.runtime_id, bytes(16), b"")
+        )
+        proxy.corrupt(after=_wire.HEADER.size + hello.index(server.runtime_id), towards="server")
+        address = dataclasses.replace(client.peer(server).address, port=proxy.port)
+        with pytest.raises(PeerLostError):
+            await RemotePeer(address, client.network).call(PULL)
+        proxy.heal()
+        assert await RemotePeer(address, client.network).call(PULL) == PullReply(b"echo")
+
+
+async def test_who_comes_when_the_network_is_whole_again_is_not_told_how_it_was(
+    ends: MakeEnd,
+) -> None:
+    client, server = ends(), ends()
+    async with TcpProxy("127.0.0.1", server.port) as proxy:
+        address = dataclasses.replace(client.peer(server).address, port=proxy.port)
+        peer = RemotePeer(address, client.network)
+        proxy.reset(towards="server")
+        earlier = asyncio.create_task(peer.call(PULL))
+        await eventually(lambda: proxy.num_connections > 2, what="it looks whether it lives")
+        proxy.heal()
+        assert not earlier.done()
+        async with asyncio.timeout(10):
+            assert await peer.call(PULL) == PullReply(b"echo")
+        with pytest.raises(PeerLostError, match="cannot be reached"):
+            await earlier
 
 
 async def test_a_refused_port_means_the_owner_died(ends: MakeEnd) -> None:

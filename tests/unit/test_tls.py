@@ -208,13 +208,13 @@ async def test_nobody_stands_between_by_a_certificate_of_another_node(
             far.settimeout(0)
             await loop.sock_connect(far, ("127.0.0.1", server.port))
             for source, target in ((near, far), (far, near), (near, far), (far, near)):
-                header = await loop.sock_recv(source, 4)
-                body = await loop.sock_recv(source, int.from_bytes(header, "big"))
+                header = await loop.sock_recv(source, _wire.HEADER.size)
+                body = await loop.sock_recv(source, _wire.frame_length(header))
                 await loop.sock_sendall(target, header + body)
             reader, writer = await asyncio.open_connection(
                 sock=far, ssl=theirs.client, server_hostname=""
             )
-            said = await reader.readexactly(4 + 16 + 32)
+            said = await reader.readexactly(_wire.HEADER.size + 16 + 32)
             protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader())
             transport, _ = await loop.connect_accepted_socket(
                 lambda: protocol, near, ssl=theirs.server
