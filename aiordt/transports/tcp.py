@@ -42,8 +42,10 @@ STRIPED_NBYTES: Final = 8 * MIB
 _MAX_RECEIVERS: Final = 64
 #: As many senders as there are streams: a consumer that stands still must not hold up others.
 _MAX_SENDERS: Final = 1 << 16
-#: Pulls by streams that one link runs at once; the others wait their turn.
+#: Pulls by streams that one link runs at once; the others wait their turn. Of striped ones few:
+#: more bring no more bytes, and as many threads at either end that want to run.
 _MAX_PULLS: Final = 8
+_MAX_STRIPED: Final = 2
 _MAX_IDLE_STREAMS: Final = 2 * _MAX_PULLS
 _IOV_MAX: Final = 1024
 _PLAIN: Final = "more than 64 KiB at a time travel outside TLS: neither encrypted nor authenticated"
@@ -117,6 +119,7 @@ class TcpLink(Link):
         self._num_streams = num_streams
         self._idle: list[tuple[bytes, socket.socket]] = []
         self._turns = asyncio.Semaphore(_MAX_PULLS)
+        self._striped_turns = asyncio.Semaphore(_MAX_STRIPED)
         self._closed = False
         self._reads: set[asyncio.Task[object]] = set()
 
@@ -136,7 +139,7 @@ class TcpLink(Link):
             if nbytes <= REPLY_NBYTES:
                 await self._read_reply(items, nbytes, views)
             else:
-                async with self._turns:
+                async with self._striped_turns if nbytes >= STRIPED_NBYTES else self._turns:
                     await self._read_streams(items, nbytes, views)
         except (OSError, ProtocolViolationError) as exc:
             self._check_open()
