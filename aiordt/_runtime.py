@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from aiordt import _config, _copies, _ray, _wire
+from aiordt import _claims, _config, _copies, _ray, _wire
+from aiordt._claims import Claims
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -145,6 +146,7 @@ class Runtime(Puller):
             workers=self.workers,
             limit=config.relay_nbytes if "shm" in config.transports else 0,
         )
+        self.claims = Claims(self.address, self.io, registry=self.registry, routes=self.routes)
         self.services = [make(self) for make in _services]
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
@@ -198,6 +200,8 @@ class Runtime(Puller):
             return message
         if isinstance(message, TransportMessage) and message.transport == _copies.NAME:
             return await self.relay.serve(message, peer_id)
+        if isinstance(message, TransportMessage) and message.transport == _claims.NAME:
+            return await self.claims.serve(message, peer_id)
         if isinstance(message, TransportMessage):
             for service in self.services:
                 if message.transport == service.name:
@@ -215,6 +219,7 @@ class Runtime(Puller):
         self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)
+        self.claims.lost(peer_id)
 
     def _send_notes(self, headers: list[Header]) -> None:
         self._unsent += headers
