@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 SUITE := -m "not soak" -n 2 --dist loadfile
 
-.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery clean
+.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery hosts clean
 
 $(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -82,6 +82,10 @@ explore: $(VENV)/.dev
 # A thousand transfers that something happens to.
 battery: $(VENV)/.dev
 	$(BIN)/python -m tests.battery $(ARGS)
+
+# The scenarios of tests/cluster between two hosts, by each transport. Needs root.
+hosts: $(VENV)/.dev
+	$(BIN)/python -m tests.hosts $(ARGS)
 
 clean:
 	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
