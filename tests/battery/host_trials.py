@@ -151,11 +151,14 @@ async def _partition(trial: Trial, rng: random.Random, actors: Actors) -> None:
     await asyncio.sleep(rng.choice((0.1, 3.0, 11.0)))  # so long are they apart
     await _ask("restore")
     await pulling
-    trials._expect(trial, "data", "PeerLostError")
+    trials._expect(trial, "data", "PeerLostError", "TransferError")
     if cancelled.outcome not in {"CancelledError", "data"}:
         trial.failed = f"cancelling ended with {cancelled.outcome}: {cancelled.text}"
     other: Result = await begun
-    if other.outcome not in {"data", "PeerLostError"} or other.seconds > LIMIT_SECONDS:
+    if (
+        other.outcome not in {"data", "PeerLostError", "TransferError"}
+        or other.seconds > LIMIT_SECONDS
+    ):
         trial.failed = f"begun meanwhile: {other}"
     again: Result = await reader.pull.remote([ref], trial.seed, None, None)
     if again.outcome != "data":

@@ -320,9 +320,13 @@ def test_hosts_that_do_not_see_each_other_for_a_while(
     signs[1].touch()
     found = driver.end(program)
     assert found["cancelled"] == {"cancelled": True, "unchanged": True}
-    for when in ("under way", "begun meanwhile"):
+    # A transfer may fail before the control connection shows that it is the network.
+    for when, kinds in (
+        ("under way", {"PeerLostError", "TransferError"}),
+        ("begun meanwhile", {"PeerLostError"}),
+    ):
         kind, text, _ = found[when]
-        assert kind == "PeerLostError", (when, kind, text)
+        assert kind in kinds, (when, kind, text)
     assert found["early"] == [False, False], "freed while the other host held them"
     for again in found["again"]:
         assert again["equal"]
