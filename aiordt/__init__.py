@@ -10,6 +10,7 @@ from aiordt._device import DeviceWarning
 from aiordt._errors import (
     AiordtError,
     AuthenticationError,
+    ChecksumError,
     ClosedError,
     GroupError,
     OutOfMemoryError,
@@ -47,6 +48,7 @@ __all__ = [
     "AiordtError",
     "AsyncActor",
     "AuthenticationError",
+    "ChecksumError",
     "ClosedError",
     "Config",
     "DeviceWarning",

@@ -297,6 +297,14 @@ class Batch:
                 flat,
             )
 
+    def ref_of(self, part: Part) -> Pullable:
+        """The ref that something is read for, or the first of them; for errors."""
+        for place, landing in self._landings:
+            if landing.part is part:
+                return self.refs[place]
+        which = (part.key, part.index)
+        return next(ref for ref in self.refs if (ref.header.key, ref.index) == which)
+
     @property
     def copy_nbytes(self) -> int:
         """Bytes that `finish` copies; many are copied off the loop."""

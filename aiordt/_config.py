@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -35,14 +36,15 @@ def _half_of_memory() -> int:
 class Config:
     """Settings of one process.
 
-    The exporter's ``inline_*`` and ``item_seconds``, and the consumer's other settings, apply to a
-    transfer.
+    The exporter's ``inline_*``, ``item_seconds`` and ``checksums``, and the consumer's other
+    settings, apply to a transfer.
 
     Attributes:
         inline_nbytes: Tensors up to this size travel inside their ref, by value.
         inline_result_nbytes: ... and up to this many bytes in one result.
         max_in_flight_bytes: Pulls beyond this many bytes wait their turn, first come first
-            served; a larger single tensor is let in alone.
+            served. At most half of it comes from one owner, and what is larger counts as half.
+            Tensors up to 1 MiB have a quarter as much for themselves.
         pool_nbytes: Receive memory kept for reuse; beyond it ordinary memory is used. As much
             unused shared memory is kept, too.
         arena_nbytes: Shared memory that `aiordt.empty` may take; half of the machine's.
@@ -51,6 +53,7 @@ class Config:
         relay_nbytes: Shared memory for copies of other hosts' tensors, which the processes of
             this host read instead of pulling the same bytes once more. 0: none.
         item_seconds: An item of a generator that nobody has taken yet is kept for so long.
+        checksums: What this process exports is checked by whoever pulls it.
         tcp_streams: Connections that one large tensor is spread over.
         transports: Transports that may be used, in order of preference.
     """
@@ -63,6 +66,7 @@ class Config:
     max_exported_bytes: int = 0
     relay_nbytes: int = 1 * GIB
     item_seconds: int = 300
+    checksums: bool = False
     tcp_streams: int = 2
     transports: tuple[str, ...] = TRANSPORTS
 
@@ -77,6 +81,11 @@ class Config:
             _check_int(name, getattr(self, name), minimum=0)
         for name in ("max_in_flight_bytes", "tcp_streams", "arena_nbytes", "item_seconds"):
             _check_int(name, getattr(self, name), minimum=1)
+        checksums: object = self.checksums
+        if not isinstance(checksums, bool):
+            raise InvalidTypeError(f"checksums must be a bool, not {checksums!r}")
+        if checksums and (reason := missing_for_checksums()):
+            raise InvalidValueError(reason)
         given: object = self.transports
         if not isinstance(given, tuple | list) or not all(isinstance(name, str) for name in given):
             raise InvalidTypeError(f"transports must be a sequence of str, not {self.transports!r}")
@@ -93,6 +102,13 @@ def others() -> dict[str, EntryPoint]:
     """The transports that other packages bring, by name."""
     entries = entry_points(group=GROUP)
     return {entry.name: entry for entry in entries if entry.name not in (*TRANSPORTS, *PLANNED)}
+
+
+def missing_for_checksums() -> str:
+    """Why checksums can be neither made nor checked in this process; empty if they can."""
+    if importlib.util.find_spec("xxhash") is None:
+        return "checksums need xxhash, which is not installed: pip install aiordt[checksums]"
+    return ""
 
 
 def _check_int(name: str, value: object, *, minimum: int) -> None:
@@ -118,6 +134,11 @@ def from_environment(environment: Mapping[str, str]) -> Config:
             raise InvalidValueError(f"{variable}: no such setting; there are {', '.join(fields)}")
         if name == "transports":
             values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            continue
+        if isinstance(fields[name].default, bool):
+            if text not in {"0", "1"}:
+                raise InvalidValueError(f"{variable}={text!r} is neither 0 nor 1")
+            values[name] = text == "1"
             continue
         try:
             values[name] = int(text)

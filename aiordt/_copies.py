@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
+import os
+import socket
+import struct
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -11,12 +15,11 @@ import msgpack
 
 from aiordt._errors import ProtocolViolationError
 from aiordt._types import MIB
-from aiordt._wire import Item, pack_items
+from aiordt._wire import KEY_NBYTES, Item, pack_items
 from aiordt.abc import Part, PeerAddress, TransportMessage
 
 if TYPE_CHECKING:
     import asyncio
-    import socket
     from collections.abc import Collection, Sequence
 
     import torch
@@ -29,6 +32,7 @@ JOIN: Final = 3  # key, address, ids -> from whom to get it instead of those, an
 FETCH_FAR: Final = 4  # as FETCH -> items, [(segment, address)]
 #: The first of a host gets so much at a time, so that the next host need not wait for all.
 _STEP_NBYTES: Final = 16 * MIB
+_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 What: TypeAlias = tuple[int, Any]  # index and cut
@@ -89,6 +93,15 @@ class Copy:
         }
 
 
+def same_user(neighbour: socket.socket) -> bool:
+    """Whether the process at the other end of a local socket is of our user.
+
+    Who meets for an export has proved nothing: another user's process might have taken the name.
+    """
+    data = neighbour.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(data)[1]) == os.getuid()
+
+
 def meeting_name(key: bytes) -> bytes:
     """Where a host's processes meet for an export; the name does not give the key away."""
     return b"\0aiordt-relay-" + blake2b(key, digest_size=16).hexdigest().encode()
@@ -138,10 +151,27 @@ def pack_address(address: PeerAddress) -> bytes:
 
 
 def unpack_address(data: bytes) -> PeerAddress:
+    """An address that may come from anybody: one that can be connected to.
+
+    Raises:
+        ProtocolViolationError: It is not that.
+    """
     values = unpacked(data)
     types = (str, int, bytes, int, bytes, int)
     if len(values) < len(types) or any(
         type(value) is not kind for value, kind in zip(values, types, strict=False)
     ):
         raise ProtocolViolationError("not the address of a neighbour")
-    return PeerAddress(*values[: len(types)])
+    address = PeerAddress(*values[: len(types)])
+    try:
+        ipaddress.ip_address(address.host)
+    except ValueError as exc:
+        raise ProtocolViolationError("not the address of a neighbour") from exc
+    if not (
+        0 < address.port < 1 << 16
+        and len(address.runtime_id) == len(address.host_id) == KEY_NBYTES
+        and 0 < address.pid < 1 << 31
+        and 0 <= address.token_address < 1 << 64
+    ):
+        raise ProtocolViolationError("not the address of a neighbour")
+    return address

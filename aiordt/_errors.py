@@ -10,6 +10,7 @@ Hierarchy::
     ├── OutOfMemoryError        aiordt's memory is used up; and it is a MemoryError
     ├── UnavailableError        a transport cannot be used here; `reason` says why
     ├── TransferError           one transfer failed after it had started
+    │   └── ChecksumError       ... since something else arrived than was exported
     ├── OwnerDiedError          the process that held the tensor is gone
     ├── PeerLostError           a process cannot be reached
     ├── TensorFreedError        the tensor was given up
@@ -108,6 +109,23 @@ class TransferError(AiordtError):
         self.nbytes = nbytes
 
 
+class ChecksumError(TransferError):
+    """What arrived is not what was exported; it was handed to nobody.
+
+    Raised for tensors of a process with the setting ``checksums``.
+
+    Attributes:
+        overwritten: Whether the owner wrote over the tensor; if not, it has it still, and the bytes
+            were changed on the way.
+    """
+
+    def __init__(
+        self, message: str, *, transport: str, peer: str, nbytes: int, overwritten: bool
+    ) -> None:
+        super().__init__(message, transport=transport, peer=peer, nbytes=nbytes)
+        self.overwritten = overwritten
+
+
 class OwnerDiedError(AiordtError):
     """The process that held the tensor is gone, and the tensor with it.
 
@@ -145,7 +163,7 @@ class ClosedError(AiordtError):
 
 
 class AuthenticationError(AiordtError):
-    """The two ends of a connection do not share the cluster's secret.
+    """The two ends of a connection do not share the cluster's secret, or cannot agree on TLS.
 
     Attributes:
         peer: The address that failed to prove itself.

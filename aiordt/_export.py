@@ -209,6 +209,20 @@ class Exporting:
             }
         return len(export.groups)
 
+    @property
+    def checked(self) -> bool:
+        """Whether `seal` is to be called before `finish`."""
+        return self._export is not None and self.runtime.config.checksums
+
+    async def seal(self) -> None:
+        """Note the checksums of what is held; waits for the work that makes it."""
+        export = self._export
+        assert export is not None  # noqa: S101  (it is `checked`)
+        if not export.ready.done():
+            await export.ready.wait()  # DEV-1
+        held = [tensor for tensor in export.tensors if tensor is not None]  # all, by now
+        export.sums = await self.runtime.checks.sums_of(held)
+
     def abandon(self) -> None:
         """Undo `begin`."""
         if self._export is not None:
@@ -227,6 +241,7 @@ class Exporting:
             key = _wire.new_key()
         pending = self._export is not None and not self._export.ready.done()
         header = make_header(key, self._transport, pending=pending)
+        checked = _wire.FLAG_CHECKED if self.checked else 0
         numbers = {position: number for number, position in enumerate(self._exported)}
         refs = []
         for position, tensor in enumerate(self._tensors):
@@ -234,6 +249,7 @@ class Exporting:
             index = len(self._exported) + position if number is None else number
             lease_or_none = None if number is None else leases[number]
             flags = self._flags | (_wire.FLAG_NUMPY if position in self._arrays else 0)
+            flags |= 0 if number is None else checked
             tied = position in self._tied
             packed, cls = _describe(tensor, flags, inline=number is None, tied=tied)
             inline = self._inline.get(position)
@@ -326,6 +342,8 @@ async def export(
     exporting.record()
     count = await exporting.begin_when_room() if exporting.may_wait else exporting.begin()
     try:
+        if exporting.checked:
+            await exporting.seal()
         markers = await exporting.runtime.markers.take(count) if count else []
     except BaseException:
         exporting.abandon()
@@ -347,6 +365,8 @@ def export_blocking(tree: Any, label: str, *, transport: str | None, snapshot: b
     else:
         count = exporting.begin()
     try:
+        if exporting.checked:
+            exporting.runtime.io.run_sync(exporting.seal())
         markers = exporting.runtime.markers.take_blocking(count) if count else []
     except BaseException:
         exporting.abandon()

@@ -48,6 +48,7 @@ class Export:
         seen_by: Runtime ids of processes that said they pulled it.
         local: Whether it was awaited in this process.
         warned: Whether the warning about that was given.
+        sums: The checksums of each one's blocks; ``None``: it was exported without.
     """
 
     key: bytes
@@ -61,6 +62,7 @@ class Export:
     seen_by: set[bytes] = field(default_factory=set)
     local: bool = False
     warned: bool = False
+    sums: list[bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)

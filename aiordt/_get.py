@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
 _CONVERT_ON_LOOP_NBYTES: Final = MIB
+#: Of these flags, one is to be set and the other not: what is checked is pulled.
+_MAPPED_FLAGS: Final = _wire.FLAG_FROZEN | _wire.FLAG_CHECKED
 
 
 def is_ref(value: object) -> bool:
@@ -79,6 +81,8 @@ async def get(
         TensorFreedError: A ref was released, or its owner gave the tensor up.
         UnavailableError: No transport, or not the one demanded, reaches the owner.
         TransferError: A transfer failed after it had started.
+        ChecksumError: ... since something else arrived than was exported, by a process with the
+            setting ``checksums``. It is handed to nobody, but may be in ``into``.
         ClosedError: A ref belongs to a Ray session that has ended.
         UsageError: ``into``, ``device``, ``dtype`` or ``transport`` do not fit; nothing moved.
         PeerLostError: The owner cannot be reached.
@@ -172,7 +176,7 @@ async def _mapped(leaves: Sequence[Any], call: _Call) -> None:
         leaf
         for leaf in leaves
         if isinstance(leaf, TensorRef)
-        and leaf.meta.flags & _wire.FLAG_FROZEN
+        and leaf.meta.flags & _MAPPED_FLAGS == _wire.FLAG_FROZEN
         and leaf.inline is None
         and leaf.nbytes >= MIB
     ]

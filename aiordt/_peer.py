@@ -6,8 +6,10 @@ notes in both directions; a payload stream is handed, once authenticated, to its
 Invariants:
     AUTH-1  Nothing of a peer is acted on before it has proved that it knows the secret, but
             that the process at an address says it is another one.
-    AUTH-2  At most `MAX_HANDSHAKES` unauthenticated connections are open; each ends within
+    AUTH-2  At most `MAX_HANDSHAKES` unauthenticated connections are open, and never more than a
+            quarter of the files that this process may have open; each ends within
             `HANDSHAKE_SECONDS`, and the oldest makes room for a new one.
+    AUTH-3  However many connect, those that are let in go on meanwhile.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import errno
 import hmac
 import logging
 import os
+import resource
 import socket
-import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
-from aiordt import _wire
+from aiordt import _tls, _wire
 from aiordt._errors import (
     AiordtError,
     AuthenticationError,
@@ -35,11 +37,13 @@ from aiordt._errors import (
 )
 from aiordt._metrics import phase
 from aiordt._rpc import Connection
+from aiordt._sockets import family, local_name, tune
 from aiordt.abc import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aiordt._tls import Tls
     from aiordt._wire import Message, Sealer
     from aiordt.abc import PeerAddress
 
@@ -53,34 +57,14 @@ _VERDICT_SECONDS: Final = 1.0
 _BAD_SECRET: Final = b"secret"
 _STALE: Final = b"stale"
 _WELCOME: Final = b"welcome"
-
-
-def _tune(sock: socket.socket, purpose: str) -> None:
-    """No delay for small frames; a host that vanished is noticed within about 6 s.
-
-    A socket of this host needs neither.
-
-    Only control connections give up on data that is not taken: a stream whose reader is
-    stopped for a while must live. Its end comes with that of the control connection.
-    """
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", 3),
-        ("TCP_KEEPINTVL", 1),
-        ("TCP_KEEPCNT", 3),
-        *((("TCP_USER_TIMEOUT", 6000),) if purpose == _wire.CONTROL else ()),
-    ):
-        option = getattr(socket, name, None)
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+#: ... to go on by TLS.
+_WELCOME_TLS: Final = b"welcome to tls"
+_WELCOMES: Final = (_WELCOME, _WELCOME_TLS)
 
 
 async def _send_frame(sock: socket.socket, body: bytes) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(sock, _wire.HEADER.pack(len(body)) + body)
+    await loop.sock_sendall(sock, _wire.pack_header(len(body)) + body)
 
 
 async def _receive_frame(sock: socket.socket) -> bytes:
@@ -111,6 +95,7 @@ class Network:
         handle: Answers requests.
         accept: Takes payload streams.
         lost: Is told when the last connection to a peer has ended.
+        tls: Gives what control connections use beside; or ``None``.
     """
 
     def __init__(
@@ -123,6 +108,7 @@ class Network:
         handle: Callable[[Message, bytes], Awaitable[Message | None]],
         accept: Callable[[bytes, bytes, socket.socket], bool],
         lost: Callable[[bytes], None],
+        tls: Callable[[], Tls | None],
     ) -> None:
         self.runtime_id = runtime_id
         self._listeners = [listener] if local is None else [listener, local]
@@ -130,8 +116,10 @@ class Network:
         self._handle = handle
         self._accept = accept
         self._lost = lost
+        self._tls = tls
         self._connections: set[Connection] = set()
         self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._room = _room()
         self._serving: list[asyncio.Task[None]] = []
         self._closed = False
 
@@ -151,7 +139,7 @@ class Network:
                 _log.warning("accepting a connection failed: %s", exc)
                 await asyncio.sleep(0.1)  # out of file descriptors: let some be closed
                 continue
-            if len(self._handshakes) >= MAX_HANDSHAKES:
+            if len(self._handshakes) >= self._room:
                 oldest = next(iter(self._handshakes))  # a real one takes some 2 ms
                 del self._handshakes[oldest]
                 oldest.cancel()
@@ -159,6 +147,7 @@ class Network:
             task = loop.create_task(self._greet(sock, name))
             self._handshakes[task] = None
             task.add_done_callback(lambda task: self._handshakes.pop(task, None))
+            await asyncio.sleep(0)  # AUTH-3: while connections wait, `sock_accept` does not
 
     async def _greet(self, sock: socket.socket, name: str) -> None:
         sock.settimeout(0)
@@ -166,9 +155,9 @@ class Network:
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 hello = _wire.unpack_hello(await _receive_frame(sock))
-                _tune(sock, hello.purpose)
+                tune(sock, impatient=hello.purpose == _wire.CONTROL)
                 if hello.server != self.runtime_id:
-                    await _send_frame(sock, _STALE)
+                    await _send_frame(sock, _STALE + hello.server)
                     return
                 sealers = await self._authenticate(sock, hello)
                 taken = await self._take(sock, hello, sealers)
@@ -192,8 +181,12 @@ class Network:
             await _send_frame(sock, _BAD_SECRET)
             raise AuthenticationError("it does not know the cluster's secret", peer="")
         phase("peer.authenticated")
-        await _send_frame(sock, _WELCOME)
+        await _send_frame(sock, self._welcome(hello.purpose))
         return _wire.sealers(secret, hello, nonce)
+
+    def _welcome(self, purpose: str) -> bytes:
+        """What a server says to whom it lets in, and a client waits for (TLS-1)."""
+        return _WELCOME_TLS if purpose == _wire.CONTROL and self._tls() is not None else _WELCOME
 
     async def _take(
         self, sock: socket.socket, hello: _wire.Hello, sealers: tuple[Sealer, Sealer]
@@ -202,16 +195,22 @@ class Network:
         if hello.purpose == _wire.STREAM:
             sock.settimeout(None)
             return self._accept(hello.stream, hello.client, sock)
-        await self._start(sock, hello.client, (outgoing, incoming))
+        tls = self._tls()
+        if tls is None:
+            streams = await asyncio.open_connection(sock=sock)
+        else:
+            streams = await _tls.serve(tls, sock, outgoing)
+        self._start(streams, hello.client, (outgoing, incoming))
         return True
 
-    async def _start(
-        self, sock: socket.socket, peer_id: bytes, sealers: tuple[Sealer, Sealer]
+    def _start(
+        self,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        peer_id: bytes,
+        sealers: tuple[Sealer, Sealer],
     ) -> Connection:
-        reader, writer = await asyncio.open_connection(sock=sock)
         connection = Connection(
-            reader,
-            writer,
+            *streams,
             peer_id=peer_id,
             sealers=sealers,
             handle=self._handle,
@@ -240,18 +239,18 @@ class Network:
         hello = _wire.Hello(
             purpose, self.runtime_id, address.runtime_id, os.urandom(_wire.NONCE_NBYTES), stream
         )
-        family = socket.AF_UNIX if local else _family(address.host)
+        kind = socket.AF_UNIX if local else family(address.host)
         where = local_name(address.runtime_id) if local else (address.host, address.port)
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(kind, socket.SOCK_STREAM)
         sock.settimeout(0)
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 phase("peer.connecting")
                 await loop.sock_connect(sock, where)
-                _tune(sock, purpose)
+                tune(sock, impatient=purpose == _wire.CONTROL)
                 await _send_frame(sock, _wire.pack_hello(hello))
                 answer = await _receive_frame(sock)
-                if answer == _STALE:
+                if answer == _STALE + address.runtime_id:  # else what was asked had been garbled
                     raise OwnerDiedError(
                         f"{address} died: another process has its port now", owner=str(address)
                     )
@@ -260,16 +259,15 @@ class Network:
                 if not hmac.compare_digest(challenge.proof, expected):
                     raise _unproved(address)
                 await _send_frame(sock, _wire.proof(secret, b"client", hello, challenge.nonce))
-                if await _receive_frame(sock) != _WELCOME:
-                    raise _unproved(address)
+                welcome = await _receive_frame(sock)
+                if welcome != self._welcome(purpose):
+                    raise _unlike(address) if welcome in _WELCOMES else _unproved(address)
         except BaseException as exc:
             sock.close()
             if isinstance(exc, ConnectionRefusedError) or (
                 isinstance(exc, ConnectionResetError) and await _refuses(address)
             ):
-                raise OwnerDiedError(
-                    f"{address} died: nobody listens there any more", owner=str(address)
-                ) from exc
+                raise _nobody(address) from exc
             if isinstance(exc, TimeoutError | OSError | ProtocolViolationError):
                 raise PeerLostError(
                     f"{address} cannot be reached: {exc!r}; check that this host may "
@@ -282,7 +280,23 @@ class Network:
     async def control(self, address: PeerAddress) -> Connection:
         """Open a control connection; raises as `connect`."""
         sock, sealers = await self.connect(address, _wire.CONTROL)
-        return await self._start(sock, address.runtime_id, sealers)
+        tls = self._tls()
+        if tls is None:
+            streams = await asyncio.open_connection(sock=sock)
+        else:
+            try:
+                async with asyncio.timeout(HANDSHAKE_SECONDS):
+                    streams = await _tls.join(tls, sock, sealers[1])
+            except (OSError, EOFError, ProtocolViolationError) as exc:
+                sock.close()
+                if await _refuses(address):
+                    raise _nobody(address) from exc
+                raise AuthenticationError(
+                    f"{address} and this process cannot agree on TLS: {exc!r}; do both have "
+                    "certificates of one authority (RAY_TLS_CA_CERT)?",
+                    peer=str(address),
+                ) from exc
+        return self._start(streams, address.runtime_id, sealers)
 
     async def aclose(self) -> None:
         """Stop listening and end all connections. Idempotent."""
@@ -307,7 +321,7 @@ async def _refuses(address: PeerAddress) -> bool:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _VERDICT_SECONDS
     while loop.time() < deadline:
-        with socket.socket(_family(address.host), socket.SOCK_STREAM) as sock:
+        with socket.socket(family(address.host), socket.SOCK_STREAM) as sock:
             sock.settimeout(0)
             try:
                 async with asyncio.timeout_at(deadline):
@@ -320,6 +334,18 @@ async def _refuses(address: PeerAddress) -> bool:
     return False
 
 
+def _nobody(address: PeerAddress) -> OwnerDiedError:
+    return OwnerDiedError(f"{address} died: nobody listens there any more", owner=str(address))
+
+
+def _unlike(address: PeerAddress) -> AuthenticationError:
+    return AuthenticationError(
+        f"one of {address} and this process uses TLS, and the other does not: set RAY_USE_TLS "
+        "for all processes of the cluster, or for none",
+        peer=str(address),
+    )
+
+
 def _unproved(address: PeerAddress) -> AuthenticationError:
     return AuthenticationError(
         f"{address} and this process do not share the cluster's secret: do they belong to the "
@@ -328,37 +354,10 @@ def _unproved(address: PeerAddress) -> AuthenticationError:
     )
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def listen(host: str) -> socket.socket:
-    """A listener on a free port of ``host``, and of no other address."""
-    return _listen(_family(host), (host, 0))
-
-
-def _listen(family: socket.AddressFamily, where: bytes | tuple[str, int]) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.bind(where)
-        listener.listen(1024)
-        listener.settimeout(0)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def local_name(runtime_id: bytes) -> bytes:
-    """The name of a process's local socket: abstract, so that no file is left behind."""
-    return b"\0aiordt-" + runtime_id.hex().encode()
-
-
-def listen_locally(runtime_id: bytes) -> socket.socket | None:
-    """A listener for processes of this host; ``None`` where the system has no such thing."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return _listen(socket.AF_UNIX, local_name(runtime_id))
+def _room() -> int:
+    """How many unauthenticated connections may be open (AUTH-2)."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_HANDSHAKES if files == resource.RLIM_INFINITY else min(MAX_HANDSHAKES, files // 4)
 
 
 class RemotePeer(Peer):
@@ -371,9 +370,13 @@ class RemotePeer(Peer):
         self._connecting: asyncio.Task[Connection] | None = None
 
     async def _connected(self) -> Connection:
+        earlier = self._connecting
+        if earlier is not None:
+            with suppress(PeerLostError):  # as it was before this caller came
+                return await asyncio.shield(earlier)
         if self._connection is not None and not self._connection.closed.is_set():
             return self._connection
-        if self._connecting is None:
+        if self._connecting is None or self._connecting is earlier:
             self._connecting = asyncio.get_running_loop().create_task(
                 self._network.control(self.address)
             )
@@ -382,7 +385,8 @@ class RemotePeer(Peer):
         return await asyncio.shield(self._connecting)
 
     def _did_connect(self, task: asyncio.Task[Connection]) -> None:
-        self._connecting = None
+        if self._connecting is task:
+            self._connecting = None
         if not task.cancelled() and task.exception() is None:
             self._connection = task.result()
 
@@ -432,13 +436,27 @@ class RemotePeer(Peer):
                 f"{self.address} cannot be reached any more: {cause}", peer=str(self.address)
             )
         if connection is None or connection.closed.is_set():
-            return OwnerDiedError(
-                f"{self.address} died (its connection ended), and its tensors with it",
-                owner=str(self.address),
-            )
+            return await self._fate(cause)
         return TransferError(
             f"{transport}: receiving {nbytes} bytes from {self.address} failed: {cause}",
             transport=transport,
             peer=str(self.address),
             nbytes=nbytes,
+        )
+
+    async def _fate(self, cause: Exception) -> Exception:
+        """What became of a process whose connection has ended: that is said by its port only."""
+        try:
+            await self._connected()
+        except OwnerDiedError:
+            return OwnerDiedError(
+                f"{self.address} died (its connection ended), and its tensors with it",
+                owner=str(self.address),
+            )
+        except AiordtError as exc:
+            return exc
+        return PeerLostError(
+            f"the connection to {self.address} broke: {cause}; it lives and can be reached "
+            "again: await the ref once more",
+            peer=str(self.address),
         )

@@ -132,6 +132,18 @@ def post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args
             raise
 
 
+def track(tasks: set[asyncio.Task[Any]]) -> None:
+    """Keep the running task among ``tasks`` until it has ended.
+
+    Not in a variable of its own coroutine: a task has its error, and that the coroutine's frame,
+    so all that the error has would live until the garbage collector comes by (ERR-1).
+    """
+    task = asyncio.current_task()
+    if task is not None:
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+
 async def finish(work: asyncio.Future[_T], stop: Callable[[], object] | None = None) -> _T:
     """Wait for ``work`` to its end, cancellation or not, and give its outcome.
 
@@ -291,64 +303,6 @@ class Inbox:
             values.append(self._values.popleft())
         if values:
             self._receive(values)
-
-
-class Admission:
-    """Lets transfers in, first come first served, while their bytes fit under a limit.
-
-    Works across event loops. One that is larger than the limit is let in alone.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._used = 0
-        self._waiting: deque[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
-
-    def _fits(self, nbytes: int) -> bool:
-        return self._used == 0 or self._used + nbytes <= self._limit
-
-    async def acquire(self, nbytes: int) -> None:
-        """Wait for ``nbytes`` of room; a cancelled wait takes none."""
-        with self._lock:
-            if not self._waiting and self._fits(nbytes):
-                self._used += nbytes
-                return
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[None] = loop.create_future()
-            entry = (nbytes, loop, future)
-            self._waiting.append(entry)
-        try:
-            await future
-        except asyncio.CancelledError:
-            with self._lock:
-                waiting = entry in self._waiting
-                if waiting:
-                    self._waiting.remove(entry)
-            if not waiting:  # let in at the same moment
-                self.release(nbytes)
-            else:
-                self._admit()
-            raise
-
-    def release(self, nbytes: int) -> None:
-        """Give ``nbytes`` back."""
-        with self._lock:
-            self._used -= nbytes
-        self._admit()
-
-    def _admit(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting or not self._fits(self._waiting[0][0]):
-                    return
-                nbytes, loop, future = self._waiting.popleft()
-                self._used += nbytes
-            if loop.is_closed():  # its waiter is gone with it
-                with self._lock:
-                    self._used -= nbytes
-                continue
-            post(loop, settle, future, None, None)
 
 
 async def _nothing() -> None:

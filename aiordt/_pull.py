@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from aiordt import _device, _ray
+from aiordt import _device, _ray, _wire
 from aiordt._batch import Batch, Plain, parcels, plain, tied, unpack_tied
 from aiordt._errors import (
     AiordtError,
@@ -42,7 +42,7 @@ from aiordt._landing import (
 from aiordt._leaves import as_array
 from aiordt._metrics import phase
 from aiordt._progress import finish, run_all
-from aiordt._route import NOT_SHARED
+from aiordt._route import check_shared
 from aiordt._sharing import UNTIED
 from aiordt._slices import view_of
 from aiordt._types import MIB
@@ -51,17 +51,19 @@ from aiordt.abc import DrawingLink
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
+    from aiordt._admission import Admission
     from aiordt._config import Config
+    from aiordt._integrity import Checks
     from aiordt._memory import Pool
     from aiordt._metrics import Counters
-    from aiordt._progress import Admission, Inbox, Workers
+    from aiordt._progress import Inbox, Workers
     from aiordt._ray import Session
     from aiordt._registry import Registry
     from aiordt._relay import Relay
     from aiordt._route import Routes
     from aiordt._sharing import Ties
     from aiordt._types import Owner
-    from aiordt.abc import Link, PeerAddress
+    from aiordt.abc import Link, Part, PeerAddress
 
 _T = TypeVar("_T")
 
@@ -137,6 +139,7 @@ class Puller:
     registry: Registry
     routes: Routes
     relay: Relay
+    checks: Checks
     _admission: Admission
     _notes: Inbox
     _ray_questions: Workers
@@ -178,14 +181,17 @@ class Puller:
         if tensor is not None:
             self.came_along(ref)
             return tensor
-        if ref.meta.stride is not None or ref.meta.device or ref.header.pending or unsure(ref):
+        meta = ref.meta
+        if meta.stride is not None or meta.device or meta.flags & _wire.FLAG_CHECKED:
+            return None
+        if ref.header.pending or unsure(ref):
             return None
         forced = transport or ref.header.transport
         found = self.routes.known(ref.header.address.runtime_id, forced or self.suited(ref))
         if found is None:
             return None
         name, link = found
-        nbytes = num_bytes(ref.meta)
+        nbytes = num_bytes(meta)
         if self._inline_nbytes + nbytes > _COURTESY_NBYTES or nbytes > link.nowait_nbytes:
             return None  # the slow path gives the loop a turn
         landing = land(ref, self.pool)
@@ -260,7 +266,7 @@ class Puller:
             return None
         forced = call.transport or header.transport
         with naming(refs[0], call.name):
-            self.check_shared(refs[0], forced)
+            check_shared(refs[0], forced)
         suited = self.suited(refs[0]) if forced is None and 0 not in known.segments else None
         everything = range(len(refs))
         wanted = _Wanted(everything, refs, known.sizes, UNTIED, [header], known)
@@ -302,8 +308,8 @@ class Puller:
             if wanted.known is None:
                 check_reach(transport, link, [wanted.refs[number] for number in numbers])
         into = call.into
-        limit = self.config.max_in_flight_bytes
-        for some in parcels(wanted.ties, numbers, wanted.sizes, limit):
+        share = self._admission.share
+        for some in parcels(wanted.ties, numbers, wanted.sizes, share):
             batch = Batch(
                 [wanted.refs[number] for number in some],
                 [wanted.sizes[number] for number in some],
@@ -314,7 +320,8 @@ class Puller:
             if wanted.known is not None:
                 batch.segments = wanted.known.segments
             with naming(batch.refs[0], call.name, len(some)):
-                tensors = await self._pull_batch(batch, transport, link, shared=forced is None)
+                relayed = forced is None
+                tensors = await self._pull_batch(batch, transport, link, call.name, shared=relayed)
             for number, tensor in zip(some, tensors, strict=True):
                 call.results[wanted.places[number]] = tensor
 
@@ -347,7 +354,7 @@ class Puller:
                 remote = ref.header
                 forced = transport or remote.transport
                 with naming(ref, name):
-                    self.check_shared(ref, forced)
+                    check_shared(ref, forced)
                 key = (remote.address.runtime_id, forced)
                 places = owners.setdefault(key, [])
                 places.append(index)
@@ -378,15 +385,6 @@ class Puller:
         wanted = bool(ref.meta.device) or (not tied and prefers_packing(ref.meta))
         return "tcp" if wanted and "tcp" in allowed else None
 
-    @staticmethod
-    def check_shared(ref: Pullable, forced: str | None) -> None:
-        """Refuse a transport through shared memory for a tensor that is not there."""
-        if forced == "shm" and not ref.meta.segment:
-            reason = NOT_SHARED
-            raise UnavailableError(
-                f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
-            )
-
     def _ways(self, wanted: _Wanted, forced: str | None) -> dict[str | None, list[int]]:
         """Numbers of refs by the transport that suits them better than the general way."""
         metas = [ref.meta for ref in wanted.refs]
@@ -413,12 +411,10 @@ class Puller:
         """The outcome of something that was asked of an owner."""
         try:
             return await reaching
-        except OwnerDiedError as exc:
+        except (OwnerDiedError, PeerLostError) as exc:
+            if isinstance(exc, PeerLostError) and not await self._ray_says_gone(header.owner):
+                raise
             raise died(header.owner, exc) from exc
-        except PeerLostError as exc:
-            if await self._ray_says_gone(header.owner):
-                raise died(header.owner, exc) from exc
-            raise
 
     async def _ray_says_gone(self, owner: Owner) -> bool:
         """Whether an unreachable owner is known to be dead; ``False`` if Ray does not answer."""
@@ -427,26 +423,29 @@ class Puller:
         done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
         return bool(done) and asked.exception() is None and asked.result()
 
-    async def _pull_batch(self, batch: Batch, name: str, link: Link, *, shared: bool) -> list[Any]:
+    async def _pull_batch(
+        self, batch: Batch, transport: str, link: Link, name: Name | None, *, shared: bool
+    ) -> list[Any]:
         """One batch; the leases are held by the caller's frame until it has ended."""
         refs, nbytes = batch.refs, sum(batch.sizes)
-        await self._admission.acquire(nbytes)
+        peer_id = refs[0].header.address.runtime_id
+        await self._admission.acquire(peer_id, nbytes)
         self.counters.started(len(refs))
         try:
             phase("pull.admitted")
             try:
-                await self._read(batch, name, link, shared=shared)
-            except OwnerDiedError as exc:
-                raise died(refs[0].header.owner, exc, describe(refs[0])) from exc
-            except PeerLostError as exc:
+                parts = await self._read(batch, transport, link, shared=shared)
+                if refs[0].meta.flags & _wire.FLAG_CHECKED:  # then they all are: one owner
+                    await self.checks.check(batch, parts, transport, name)
+            except (OwnerDiedError, PeerLostError) as exc:
                 owner = refs[0].header.owner
-                if await self._ray_says_gone(owner):
-                    raise died(owner, exc, describe(refs[0])) from exc
-                raise
+                if isinstance(exc, PeerLostError) and not await self._ray_says_gone(owner):
+                    raise
+                raise died(owner, exc, describe(refs[0])) from exc
             phase("pull.arrived")
         finally:
             self.counters.ended(len(refs))
-            self._admission.release(nbytes)
+            self._admission.release(peer_id, nbytes)
         self.arrived(refs)
         if batch.copy_nbytes > _COPY_ON_LOOP_NBYTES:
             tensors = await finish(self.workers.run(batch.finish))  # OWN-1: the caller's tensors
@@ -454,14 +453,15 @@ class Puller:
             tensors = batch.finish()
         return await batch.hand_over(tensors)
 
-    async def _read(self, batch: Batch, name: str, link: Link, *, shared: bool) -> None:
-        """Read a batch; ``shared``: with neighbours, if its owner is on another host."""
+    async def _read(self, batch: Batch, name: str, link: Link, *, shared: bool) -> list[Part]:
+        """Read a batch, by way of neighbours if ``shared``; what was read, if it is checked."""
         coming = batch.land(self.pool)
-        if isinstance(link, DrawingLink) and sum(batch.sizes) > link.nowait_nbytes:
+        checked = batch.refs[0].meta.flags & _wire.FLAG_CHECKED
+        if isinstance(link, DrawingLink) and not checked and sum(batch.sizes) > link.nowait_nbytes:
             segments = batch.segments or {ref.meta.segment for ref in batch.refs}
             await link.read_drawn(coming, segments)
             self.counters.pulled(name, len(batch.refs), batch.nbytes)
-            return
+            return []
         if len(batch.refs) > _LAND_ON_LOOP_COUNT:
             parts = await finish(self.workers.run(lambda: [*coming]))
         else:
@@ -473,10 +473,11 @@ class Puller:
             way, _ = await self.routes.find(header.address, header.owner, None)
             if way not in _SAME_HOST:
                 await self.relay.read(header.address, parts, name, link)  # counts by itself
-                return
+                return parts
         if not link.read_nowait(parts):
             await link.read(parts)
         self.counters.pulled(name, len(batch.refs), batch.nbytes)
+        return parts
 
     async def _copied(self, ref: Pullable, into: torch.Tensor, tensor: Any) -> torch.Tensor:  # noqa: ANN401
         if ref.inline is None and ref.header.address.runtime_id == self.address.runtime_id:

@@ -8,8 +8,6 @@ Invariants:
            only then.
     LSE-2  Markers are never sent over aiordt's own connections, only their ids.
     LSE-3  Refs are pickled only inside Ray's own serialization, which counts them.
-    SES-1  No thread of ours is in a call of Ray's core worker when Ray takes that apart, which
-           would end the process.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ import functools
 import logging
 import os
 import threading
-from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -34,12 +30,10 @@ from ray.remote_function import RemoteFunction
 from ray.util.client import ray as ray_client
 
 from aiordt._errors import ClosedError, OwnerDiedError, UnavailableError, UsageError
-from aiordt._types import Owner
+from aiordt._types import Owner, Secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from aiordt._progress import Workers
 
 __all__ = ["CloudPickler"]  # and what is defined here
 
@@ -49,8 +43,6 @@ _KV_NAMESPACE: Final = b"aiordt"
 _KV_SECRET: Final = b"secret/1"
 _KV_ACTOR: Final = b"actor/1/"
 _KV_NAME: Final = b"name/1/"
-#: Markers made ahead: one takes about 0.4 ms, and a result needs one or more.
-_POOL_SIZE: Final = 32
 
 
 class Session:
@@ -158,7 +150,18 @@ def is_gone(owner: Owner) -> bool:
     return bool(actor) and (actor["State"] == "DEAD" or actor["Pid"] != owner.pid)
 
 
-def read_secret(session: Session) -> bytes:
+def is_guarded() -> bool:
+    """Whether this cluster lets only those in who know its token, and so read its secret."""
+    mode = getattr(ray._raylet, "get_authentication_mode", None)  # noqa: SLF001  (Ray 2.60)
+    return mode is not None and mode() == ray._raylet.AuthenticationMode.TOKEN  # noqa: SLF001
+
+
+def is_driver() -> bool:
+    """Whether this process is a driver, which speaks to whoever started the program."""
+    return bool(ray_worker.global_worker.mode == ray_worker.SCRIPT_MODE)
+
+
+def read_secret(session: Session) -> Secret:
     """The cluster's secret, made by whoever asks first. Blocks for a round trip or two.
 
     Raises:
@@ -171,7 +174,7 @@ def read_secret(session: Session) -> bytes:
     if found is None:
         client.internal_kv_put(_KV_SECRET, os.urandom(32), False, _KV_NAMESPACE)  # noqa: FBT003
         found = client.internal_kv_get(_KV_SECRET, _KV_NAMESPACE)  # the first writer's
-    return bytes(found)
+    return Secret(found)
 
 
 # --- actors --------------------------------------------------------------------------------
@@ -360,78 +363,23 @@ def end_session() -> None:
 # --- leases --------------------------------------------------------------------------------
 
 
-class Markers:
-    """Plain Ray objects whose reference counts are our leases; made ahead where it helps."""
+def new_marker(on_dropped: Callable[[bytes], None]) -> ray.ObjectRef[Any]:
+    """A plain Ray object whose reference count is to be a lease.
 
-    def __init__(self, workers: Workers, on_dropped: Callable[[bytes], None]) -> None:
-        self._workers = workers
-        self._on_dropped = on_dropped
-        self._pool: deque[ray.ObjectRef[Any]] = deque()
-        self._filling = False
-        self._pooling = not is_task_worker()
-        self._closed = False
-        self._making = threading.Lock()
+    Args:
+        on_dropped: Called with its id, on a thread of Ray's, when nobody refers to it (LSE-1).
 
-    async def take(self, count: int) -> Sequence[ray.ObjectRef[Any]]:
-        """``count`` markers, each to be held by exactly one lease.
-
-        Cost:
-            ~1 µs each from the pool, else ~0.4 ms each on a worker thread.
-        """
-        markers = self._from_pool(count)
-        if len(markers) < count:
-            missing = count - len(markers)
-            markers += await self._workers.run(lambda: [self._make() for _ in range(missing)])
-        return markers
-
-    def take_blocking(self, count: int) -> Sequence[ray.ObjectRef[Any]]:
-        """As `take`, for threads that have no event loop."""
-        markers = self._from_pool(count)
-        return markers + [self._make() for _ in range(count - len(markers))]
-
-    def _from_pool(self, count: int) -> list[ray.ObjectRef[Any]]:
-        if self._closed:
-            raise ClosedError("aiordt's runtime was closed")
-        markers: list[ray.ObjectRef[Any]] = []
-        with suppress(IndexError):  # another thread may take the last one
-            while len(markers) < count:
-                markers.append(self._pool.popleft())
-        if self._pooling and not self._filling and len(self._pool) < _POOL_SIZE // 2:
-            self._filling = True
-            self._workers.submit(self._fill)
-        return markers
-
-    def _fill(self) -> None:
-        try:
-            while len(self._pool) < _POOL_SIZE and not self._closed:
-                self._pool.append(self._make())
-        except Exception:  # noqa: BLE001
-            # The next export makes its own, and raises where its caller sees it.
-            _log.debug("making markers ahead failed", exc_info=True)
-        finally:
-            self._filling = False
-
-    def _make(self) -> ray.ObjectRef[Any]:
-        with self._making:
-            if self._closed:
-                raise ClosedError("aiordt's runtime was closed")
-            return self._put()
-
-    def _put(self) -> ray.ObjectRef[Any]:
-        marker = ray.put(None)
-        core_worker = ray_worker.global_worker.core_worker
-        if not hasattr(core_worker, "add_object_out_of_scope_callback"):
-            reason = f"Ray {ray.__version__} has no out-of-scope callback; aiordt needs Ray >= 2.57"
-            raise UnavailableError(reason, reason=reason, transport="ray")
-        if not core_worker.add_object_out_of_scope_callback(marker, self._on_dropped):
-            raise ClosedError("Ray freed a lease's marker at once: it is shutting down")
-        return marker
-
-    def close(self) -> None:
-        """Let the markers that were made ahead go; none is being made when this returns (SES-1)."""
-        with self._making:
-            self._closed = True
-        self._pool.clear()
+    Cost:
+        ~0.4 ms.
+    """
+    marker = ray.put(None)
+    core_worker = ray_worker.global_worker.core_worker
+    if not hasattr(core_worker, "add_object_out_of_scope_callback"):
+        reason = f"Ray {ray.__version__} has no out-of-scope callback; aiordt needs Ray >= 2.57"
+        raise UnavailableError(reason, reason=reason, transport="ray")
+    if not core_worker.add_object_out_of_scope_callback(marker, on_dropped):
+        raise ClosedError("Ray freed a lease's marker at once: it is shutting down")
+    return marker
 
 
 # --- pickling ------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from aiordt._copies import (
     fetch_request,
     meeting_name,
     pack_address,
+    same_user,
     steps,
     unpack_address,
     unpacked,
@@ -62,7 +63,7 @@ from aiordt._errors import (
 )
 from aiordt._fanout import Fanout
 from aiordt._metrics import phase
-from aiordt._progress import finish, run_all
+from aiordt._progress import finish, post, run_all
 from aiordt._types import MIB, Owner
 from aiordt._wire import pack_items, unpack_items
 from aiordt.abc import Part, PeerAddress, TransportMessage
@@ -122,6 +123,7 @@ class Relay:
         self._copies: dict[bytes, Copy] = {}  # least recently used first
         self._pins: dict[tuple[bytes, int], Pin] = {}
         self._numbers = itertools.count(1)
+        self._distrusted: set[bytes] = set()
         self.fanout = Fanout(registry)
 
     @property
@@ -143,13 +145,22 @@ class Relay:
         direct: list[Part] = []
         reads = []
         for key, group in exports.items():
-            if MIN_NBYTES <= sum(part.nbytes for part in group) <= self._limit:
+            nbytes = sum(part.nbytes for part in group)
+            if MIN_NBYTES <= nbytes <= self._limit and key not in self._distrusted:
                 reads.append(self._read_export(address, key, group, name, link))
             else:
                 direct += group
         if direct:
             reads.append(self._read_direct(direct, name, link))
         await run_all(reads)
+
+    def distrust(self, key: bytes) -> None:
+        """What came of an export was wrong: have it from its owner only, from now on. Any thread.
+
+        What this process keeps of it goes; others find out by themselves.
+        """
+        self._distrusted.add(key)
+        post(self._io.loop, self._drop, key)
 
     async def _read_direct(self, parts: Sequence[Part], name: str, link: Link) -> None:
         await link.read(parts)
@@ -205,6 +216,8 @@ class Relay:
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 try:
                     await loop.sock_connect(sock, meeting_name(key))
+                    if not same_user(sock):
+                        raise PermissionError(errno.EPERM, "another user's process has the name")
                     data = await loop.sock_recv(sock, 1024)
                 except (ConnectionError, BlockingIOError) as exc:  # it has just gone
                     raise UnavailableError(str(exc), reason=str(exc), transport=NAME) from exc
@@ -221,7 +234,8 @@ class Relay:
         with contextlib.suppress(OSError):
             sock, _ = listener.accept()
             with sock:
-                sock.send(pack_address(self._address), socket.MSG_DONTWAIT)
+                if same_user(sock):
+                    sock.send(pack_address(self._address), socket.MSG_DONTWAIT)
 
     async def _read_own(self, address: PeerAddress, key: bytes, parts: Sequence[Part]) -> None:
         entries = await self._io.run(self._fetch(address, key, parts))

@@ -15,7 +15,7 @@ from aiordt._errors import (
     PeerLostError,
     UnavailableError,
 )
-from aiordt._landing import out_of_reach
+from aiordt._landing import describe, out_of_reach
 from aiordt._metrics import phase
 from aiordt._peer import RemotePeer
 from aiordt._progress import post
@@ -24,7 +24,7 @@ from aiordt.abc import SharedLink
 from aiordt.transports import names, probe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aiordt._landing import Header, Pullable
     from aiordt._peer import Network
@@ -38,6 +38,19 @@ _log = logging.getLogger(__name__)
 #: Transports that move only some of a process's tensors, so they are no way to it in general.
 _PARTIAL: Final = frozenset({"shm"})
 NOT_SHARED: Final = "the tensor is not in shared memory: its owner can make it with aiordt.empty()"
+
+
+def check_shared(ref: Pullable, forced: str | None) -> None:
+    """Refuse a transport through shared memory for a tensor that is not there.
+
+    Raises:
+        UnavailableError: ``forced`` is such a transport.
+    """
+    if forced == "shm" and not ref.meta.segment:
+        reason = NOT_SHARED
+        raise UnavailableError(
+            f"{describe(ref)} of {ref.header.owner}: {reason}", reason=reason, transport="shm"
+        )
 
 
 @dataclass(slots=True)
@@ -69,6 +82,7 @@ class Routes:
         self._preferred = preferred
         self._lock = threading.Lock()
         self._ways: dict[bytes, _Way] = {}
+        self._seen: Callable[[str, Link], None] | None = None
 
     def availability(self, name: str) -> str:
         """Why a transport cannot be used in this process; empty if it can."""
@@ -127,6 +141,20 @@ class Routes:
             for link in _links(way):
                 await link.aclose()
 
+    def watch_links(self, seen: Callable[[str, Link], None] | None) -> None:
+        """Let ``seen`` have each link, those that there are and those to come; ``None``: no more.
+
+        It is called before a link is used, with its transport, on any thread.
+        """
+        with self._lock:
+            self._seen = seen
+            if seen is None:
+                return
+            for way in self._ways.values():
+                for name, link in list(way.links.items()):
+                    if not isinstance(link, UnavailableError):
+                        seen(name, link)
+
     async def _link(self, way: _Way, name: str) -> Link:
         """The link by one transport.
 
@@ -150,7 +178,10 @@ class Routes:
                 post(self._io.loop, self.forget, way.peer.address.runtime_id)
                 raise
             else:
-                known = way.links.setdefault(name, made)
+                with self._lock:
+                    if self._seen is not None:
+                        self._seen(name, made)
+                    known = way.links.setdefault(name, made)
                 if known is made and made.death_fd is not None:
                     post(self._io.loop, self._watch, made.death_fd, way)
         if isinstance(known, UnavailableError):

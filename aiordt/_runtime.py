@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import logging
 import os
 import threading
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from aiordt import _claims, _config, _copies, _ray, _wire
+from aiordt import _claims, _config, _copies, _integrity, _ray, _tls, _wire
+from aiordt._admission import Admission
 from aiordt._claims import Claims
 from aiordt._errors import (
     AiordtError,
@@ -26,14 +28,16 @@ from aiordt._errors import (
 from aiordt._exports import warn_if_shared
 from aiordt._landing import as_seen, confirm, dense_stride_of, dress, dtype_of
 from aiordt._layout import span
+from aiordt._markers import Markers
 from aiordt._memory import Pool, laid_out
 from aiordt._metrics import Counters
-from aiordt._peer import Network, listen, listen_locally
-from aiordt._progress import Admission, Inbox, IoThread, Workers, post
+from aiordt._peer import Network
+from aiordt._progress import Inbox, IoThread, Workers, post
 from aiordt._pull import STALE_REF, Puller
 from aiordt._registry import Registry
 from aiordt._relay import Relay
-from aiordt._route import Routes
+from aiordt._route import Routes, check_shared
+from aiordt._sockets import listen, listen_locally
 from aiordt.abc import Context, PeerAddress, SharedLink, TransportMessage
 from aiordt.transports import Transports
 from aiordt.transports.cma import allow_readers, host_id
@@ -124,7 +128,7 @@ class Runtime(Puller):
         allow_readers()
         self.transports = Transports(Context(self.io, self.registry, config), self.workers)
         dropped = Inbox(self.io.loop, self.registry.drop)
-        self.markers = _ray.Markers(self.workers, dropped.put)
+        self.markers = Markers(self.workers, dropped.put)
         self._unsent: list[Header] = []
         self._notes = Inbox(self.io.loop, self._send_notes)
         self._network = Network(
@@ -135,6 +139,7 @@ class Runtime(Puller):
             handle=self._handle,
             accept=self._accept,
             lost=self._lost,
+            tls=functools.cache(_tls.load),
         )
         self.routes = Routes(self.io, self._network, self.transports, config.transports)
         self.relay = Relay(
@@ -147,6 +152,9 @@ class Runtime(Puller):
             limit=config.relay_nbytes if "shm" in config.transports else 0,
         )
         self.claims = Claims(self.address, self.io, registry=self.registry, routes=self.routes)
+        self.checks = _integrity.Checks(
+            self.io, self.registry, self.routes, self.relay, self.workers
+        )
         self.services = [make(self) for make in _services]
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
@@ -177,6 +185,11 @@ class Runtime(Puller):
                         peer="GCS",
                     ) from exc
 
+            if _ray.is_driver() and not _ray.is_guarded():
+                _log.warning(
+                    "this Ray cluster has no token authentication (RAY_AUTH_MODE=token): whoever "
+                    "reaches it can read aiordt's secret, and run code in it"
+                )
             self._secret = asyncio.get_running_loop().create_task(read())
         return await asyncio.shield(self._secret)
 
@@ -202,6 +215,8 @@ class Runtime(Puller):
             return await self.relay.serve(message, peer_id)
         if isinstance(message, TransportMessage) and message.transport == _claims.NAME:
             return await self.claims.serve(message, peer_id)
+        if isinstance(message, TransportMessage) and message.transport == _integrity.NAME:
+            return await self.checks.serve(message)
         if isinstance(message, TransportMessage):
             for service in self.services:
                 if message.transport == service.name:
@@ -251,7 +266,7 @@ class Runtime(Puller):
         if tensor is not None:
             self.came_along(ref)
             return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
-        self.check_shared(ref, "shm")
+        check_shared(ref, "shm")
         link, stride, nbytes = await self._shared(ref)
         flat = await link.view(ref.meta.segment, ref.meta.address, nbytes)
         return as_seen(laid_out(flat.view(dtype_of(ref.meta.dtype)), ref.meta.shape, stride), ref)

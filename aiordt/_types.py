@@ -35,6 +35,20 @@ ITEMSIZES: Final[tuple[int, ...]] = tuple(
 )
 
 
+class Secret(bytes):
+    """Bytes that do not show themselves where errors, logs or asyncio's debug mode print them."""
+
+    __slots__ = ()
+
+    @override
+    def __repr__(self) -> str:
+        return "Secret()"
+
+    @override
+    def __str__(self) -> str:
+        return "Secret()"
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """Who holds a tensor: a plain record, which does not keep an actor alive.

@@ -33,7 +33,9 @@ MAX_HANDSHAKE: Final = 1 << 10
 NONCE_NBYTES: Final = 16
 KEY_NBYTES: Final = 16
 _MAX_DIMS: Final = 64  # PyTorch's limit
-HEADER: Final = struct.Struct("!I")
+#: A frame's length, and its complement: whoever took a garbled one for it would wait for ever.
+HEADER: Final = struct.Struct("!II")
+_ALL_BITS: Final = 0xFFFFFFFF
 _MAC_NBYTES: Final = 16
 _SEQUENCE: Final = struct.Struct("!Q")
 
@@ -50,6 +52,8 @@ FLAG_PARAMETER: Final = 2
 FLAG_NUMPY: Final = 4
 #: Its owner never writes to it again.
 FLAG_FROZEN: Final = 8
+#: Whoever pulls it checks what came.
+FLAG_CHECKED: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +350,7 @@ class Sealer:
         length = _MAC_NBYTES + len(payload)
         if length > MAX_FRAME:
             raise ProtocolViolationError(f"a frame of {length} bytes; {MAX_FRAME} is the limit")
-        return HEADER.pack(length) + self._mac(payload) + payload
+        return pack_header(length) + self._mac(payload) + payload
 
     def open(self, body: bytes) -> bytes:
         """The payload of a frame whose header has been read.
@@ -360,13 +364,20 @@ class Sealer:
         return payload
 
 
+def pack_header(length: int) -> bytes:
+    """The header of a frame of that many bytes."""
+    return HEADER.pack(length, length ^ _ALL_BITS)
+
+
 def frame_length(header: bytes, *, limit: int = MAX_FRAME) -> int:
     """The length that a frame's header announces.
 
     Raises:
         ProtocolViolationError: It is over ``limit``, or nothing would follow.
     """
-    (length,) = HEADER.unpack(header)
+    length, complement = HEADER.unpack(header)
+    if length ^ complement != _ALL_BITS:
+        raise ProtocolViolationError("the length of a frame was garbled on its way")
     if not 0 < length <= limit:
         raise ProtocolViolationError(f"a frame of {length} bytes; {limit} is the limit")
     return int(length)
@@ -485,13 +496,3 @@ def sealers(secret: bytes, hello: Hello, server_nonce: bytes) -> tuple[Sealer, S
         Sealer(proof(secret, b"key client to server", hello, server_nonce)),
         Sealer(proof(secret, b"key server to client", hello, server_nonce)),
     )
-
-
-def stripes(nbytes: int, count: int) -> list[tuple[int, int]]:
-    """How a payload is spread over ``count`` streams: (start, stop) of each, in bytes.
-
-    Both ends compute it. Cuts fall on 4 KiB, so that no page is written by two threads.
-    """
-    step = -(-nbytes // count)
-    step = -(-step // 4096) * 4096
-    return [(min(i * step, nbytes), min((i + 1) * step, nbytes)) for i in range(count)]

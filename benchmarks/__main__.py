@@ -208,5 +208,45 @@ def fanout(
     command.run(settings, json_path=json, plot_path=plot)
 
 
+@app.command()
+def crowd(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: _Plot = None,
+    consumers: Annotated[int | None, typer.Option(help="How many pull at once: 200.")] = None,
+    nbytes: Annotated[int | None, typer.Option(help="Bytes of what they pull: 64 MiB.")] = None,
+    only: Annotated[str | None, typer.Option(help="Transports: cma,tcp,ucx,nixl.")] = None,
+) -> None:
+    """A small pull beside many large ones of the same producer's."""
+    from benchmarks import crowd as command  # noqa: PLC0415
+
+    try:
+        settings = command.Settings.choose(
+            quick=quick, consumers=consumers, nbytes=nbytes, only=_listed(only)
+        )
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
+@app.command()
+def overhead(
+    *,
+    quick: _Quick = False,
+    json: _Json = None,
+    plot: _Plot = None,
+    rounds: Annotated[int | None, typer.Option(help="Samples of each step: 30.")] = None,
+) -> None:
+    """What each step of a transfer takes: awaits, exports, leases, the wire."""
+    from benchmarks import overhead as command  # noqa: PLC0415
+
+    try:
+        settings = command.Settings.choose(quick=quick, rounds=rounds)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    command.run(settings, json_path=json, plot_path=plot)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

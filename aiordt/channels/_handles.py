@@ -104,7 +104,7 @@ async def channel(
     runtime = _runtime.current()
     channels = channels_of(runtime)
     key = os.urandom(16)
-    name = name or f"channel-{key[:4].hex()}"
+    name = name or f"channel-{os.urandom(4).hex()}"
 
     async def found(handle: Any) -> Member | None:  # noqa: ANN401
         if handle is None:

@@ -14,7 +14,7 @@ import logging
 import secrets
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from typing_extensions import override
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _log = logging.getLogger(__name__)
+
+#: Within which whoever connects must have shown that it is a rank.
+MEETING_SECONDS: Final = 10.0
 
 
 class State(Enum):
@@ -71,7 +74,7 @@ class Hub:
 
     size: int
     token: str = field(default_factory=lambda: secrets.token_hex(8))
-    key: str = field(default_factory=lambda: secrets.token_hex(16))
+    key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     members: dict[int, Member] = field(default_factory=dict)
     #: What the first rank came to that ended, or failed, before the world did.
     trouble: str = ""
@@ -91,13 +94,14 @@ class Hub:
         task = cast("asyncio.Task[None]", asyncio.current_task())
         self._serving[task] = writer
         try:
-            member = await self._meet(reader, writer)
+            async with asyncio.timeout(MEETING_SECONDS):
+                member = await self._meet(reader, writer)
             if member is not None:
                 try:
                     await self._listen(member, reader)
                 finally:
                     self._left(member)
-        except (OSError, EOFError, ValueError, KeyError) as exc:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as exc:
             _log.debug("a connection of the world broke: %s", exc)
         finally:
             writer.close()

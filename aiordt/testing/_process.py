@@ -28,9 +28,10 @@ from aiordt._arena import arena
 from aiordt._config import TRANSPORTS, Config
 from aiordt._errors import InvalidValueError
 from aiordt._memory import storage_range, view_memory
-from aiordt._peer import Network, RemotePeer, listen, listen_locally
+from aiordt._peer import Network, RemotePeer
 from aiordt._progress import IoThread, Workers, finish, post
 from aiordt._registry import Registry
+from aiordt._sockets import listen, listen_locally
 from aiordt._types import DTYPE_CODES, DTYPES
 from aiordt.abc import Context, PeerAddress, SharedLink
 from aiordt.testing._pair import Exported, Pair, sparse
@@ -83,6 +84,7 @@ class _Half:
             handle=self.transports.serve,
             accept=self.transports.accept,
             lost=self.transports.forget,
+            tls=lambda: None,
         )
         post(self.io.loop, self._network.start)
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from aiordt._errors import AiordtError, ClosedError, ProtocolViolationError
 from aiordt._memory import view_memory
 from aiordt._metrics import phase
-from aiordt._progress import finish, post, run_all
+from aiordt._progress import finish, post, run_all, track
 from aiordt._types import KIB
 from aiordt._wire import pack_items
 from aiordt.abc import Link, TransportMessage
@@ -98,10 +98,7 @@ class UcxLink(Link):
             await self._io.run(self._read(parts))
 
     async def _read(self, parts: Sequence[Part]) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._reads.add(task)
-            task.add_done_callback(self._reads.discard)
+        track(self._reads)
         self._check_open()
         nbytes = sum(part.nbytes for part in parts)
         on_host = all(

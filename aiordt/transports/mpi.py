@@ -40,7 +40,7 @@ from aiordt._errors import (
 )
 from aiordt._memory import view_memory
 from aiordt._metrics import phase
-from aiordt._progress import post, run_all, settle
+from aiordt._progress import post, run_all, settle, track
 from aiordt._types import DTYPES, KIB, MIB
 from aiordt._wire import pack_items, unpack_items
 from aiordt.abc import Availability, Cut, Link, Transport, TransportMessage
@@ -304,10 +304,7 @@ class MpiLink(Link):
             await self._io.run(self._read(parts))
 
     async def _read(self, parts: Sequence[Part]) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._reads.add(task)
-            task.add_done_callback(self._reads.discard)
+        track(self._reads)
         self._check_open()
         way = ways.to(self._peer.address.runtime_id)
         if way is None:

@@ -37,7 +37,7 @@ from aiordt._errors import (
     TransferError,
     UnavailableError,
 )
-from aiordt._progress import finish, post
+from aiordt._progress import finish, post, track
 from aiordt._registration import Registration, region_of
 from aiordt._types import MIB
 from aiordt._wire import TransportMessage
@@ -166,20 +166,15 @@ class NixlLink(Link):
 
     async def _enter(self, parts: Sequence[Part]) -> None:
         """Read what is not known yet. On the io loop to its end: see `_transfer`."""
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  (for the type checker)
-        self._entering.add(task)
+        track(self._entering)
+        self._check_open()
         try:
-            self._check_open()
-            try:
-                ranges = await self._remote.enter(parts)
-            except AiordtError:
-                raise
-            except Exception as exc:
-                raise await self._verdict(exc, parts) from exc
-            await self._transfer(parts, ranges)
-        finally:
-            self._entering.discard(task)
+            ranges = await self._remote.enter(parts)
+        except AiordtError:
+            raise
+        except Exception as exc:
+            raise await self._verdict(exc, parts) from exc
+        await self._transfer(parts, ranges)
 
     async def _transfer(self, parts: Sequence[Part], ranges: Sequence[Range]) -> None:
         """Read, and leave.

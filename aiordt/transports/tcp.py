@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from typing_extensions import override
 
+from aiordt import _tls
 from aiordt._errors import AiordtError, ClosedError, ProtocolViolationError
 from aiordt._memory import view_memory
 from aiordt._metrics import phase
-from aiordt._progress import Workers, finish, post
+from aiordt._progress import Workers, finish, post, track
 from aiordt._types import KIB, MIB
-from aiordt._wire import KEY_NBYTES, Item, Message, Pull, PullReply, stripes
+from aiordt._wire import KEY_NBYTES, Item, Message, Pull, PullReply
 from aiordt.abc import Availability, Link, Transport
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ _MAX_SENDERS: Final = 1 << 16
 _MAX_PULLS: Final = 8
 _MAX_IDLE_STREAMS: Final = 2 * _MAX_PULLS
 _IOV_MAX: Final = 1024
+_PLAIN: Final = "more than 64 KiB at a time travel outside TLS: neither encrypted nor authenticated"
+
+
+def _stripes(nbytes: int, count: int) -> list[tuple[int, int]]:
+    """How a payload is spread over ``count`` streams: (start, stop) of each, in bytes.
+
+    Both ends compute it. Cuts fall on 4 KiB, so that no page is written by two threads.
+    """
+    step = -(-nbytes // count)
+    step = -(-step // 4096) * 4096
+    return [(min(i * step, nbytes), min((i + 1) * step, nbytes)) for i in range(count)]
 
 
 def _advance(views: list[memoryview], nbytes: int) -> None:
@@ -115,10 +127,7 @@ class TcpLink(Link):
             await self._io.run(self._read(parts))
 
     async def _read(self, parts: Sequence[Part]) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._reads.add(task)
-            task.add_done_callback(self._reads.discard)
+        track(self._reads)
         self._check_open()
         nbytes = sum(part.nbytes for part in parts)
         views = [view_memory(part.target, part.nbytes, writable=True) for part in parts]
@@ -165,7 +174,7 @@ class TcpLink(Link):
                 self._idle.clear()
                 await self._ask(items, nbytes, count, [], streams)
             phase("tcp.receiving")
-            for (_, sock), (start, stop) in zip(streams, stripes(nbytes, count), strict=True):
+            for (_, sock), (start, stop) in zip(streams, _stripes(nbytes, count), strict=True):
                 pieces = _cut(views, start, stop)
                 works.append(self._workers.run(lambda s=sock, p=pieces: _receive(s, p)))  # type: ignore[misc]
             for work in works:
@@ -238,7 +247,7 @@ class TcpTransport(Transport):
     @classmethod
     @override
     def probe(cls) -> Availability:
-        return Availability(usable=True)
+        return Availability(usable=True, reason=_PLAIN if _tls.in_use() else "")
 
     @override
     async def connect(self, peer: Peer) -> TcpLink:
@@ -248,6 +257,8 @@ class TcpTransport(Transport):
     @override
     def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
         key = (peer_id, stream)
+        if key in self._accepted:
+            return False  # else nobody would close the one that has the name
         self._accepted[key] = sock
         self._io.loop.add_reader(sock, self._hung_up, key)
         return True
@@ -303,7 +314,7 @@ class TcpTransport(Transport):
                 if not opened.done():
                     opened.set_result(None)
                 phase("tcp.sending")
-                cuts = stripes(request.nbytes, len(socks))
+                cuts = _stripes(request.nbytes, len(socks))
                 works = [
                     self._senders.run(_sender(sock, _cut(served.views, start, stop)))
                     for sock, (start, stop) in zip(socks, cuts, strict=True)

@@ -40,6 +40,7 @@ class Laid:
 
     Args:
         tree: Dicts, lists and tuples of tensors, arrays and plain values.
+        checked: Whether readers are to check what they get.
 
     Attributes:
         tensors: Each once, in tree order.
@@ -51,7 +52,8 @@ class Laid:
         InvalidValueError: A tensor cannot be published. Names the place.
     """
 
-    def __init__(self, tree: object) -> None:
+    def __init__(self, tree: object, *, checked: bool = False) -> None:
+        self._checked = _wire.FLAG_CHECKED if checked else 0
         self.tensors: list[torch.Tensor] = []
         self._flags: list[int] = []
         self._numbers: dict[int, int] = {}
@@ -95,7 +97,7 @@ class Laid:
         if known is not None:
             return known
         tensor = as_tensor(leaf)
-        flags = _wire.FLAG_NUMPY if isinstance(leaf, np.ndarray) else 0
+        flags = self._checked | (_wire.FLAG_NUMPY if isinstance(leaf, np.ndarray) else 0)
         if type(tensor) is torch.nn.Parameter:
             flags |= _wire.FLAG_PARAMETER
         elif type(tensor) is not torch.Tensor:

@@ -79,7 +79,7 @@ class Publisher(AsyncResource):
             number = self._number(version)
             if self._stream.closed:
                 raise ClosedError(f"the publisher of {self.name!r} was closed")
-            laid = Laid(tree)
+            laid = Laid(tree, checked=self._service.runtime.config.checksums)
             if not await self._stream.write(laid, number, wait=self._wait):
                 return None
             self._version = number

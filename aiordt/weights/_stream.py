@@ -111,7 +111,10 @@ class Stream:
             if not ready.done():
                 await ready.wait()  # DEV-1
             await finish(self._runtime.workers.run(laid.copier(buffer.tensors)))
-            self._commit(slot, buffer, version)
+            sums = None
+            if self._runtime.config.checksums:
+                sums = await self._runtime.checks.sums_of(buffer.tensors)
+            self._commit(slot, buffer, version, sums)
         except BaseException:
             with self._lock:
                 self._versions.abandon(slot)
@@ -149,9 +152,10 @@ class Stream:
             buffer.generation += 1
         return buffer
 
-    def _commit(self, slot: Slot, buffer: _Buffer, version: int) -> None:
+    def _commit(self, slot: Slot, buffer: _Buffer, version: int, sums: list[bytes] | None) -> None:
         registry = self._runtime.registry
         export = registry.begin(buffer.tensors, f"{self._label}, version {version}", _device.DONE)
+        export.sums = sums
         buffer.key = export.key
         buffer.leases = tuple((export.key, number) for number in range(len(export.groups)))
         registry.commit(export, buffer.leases)

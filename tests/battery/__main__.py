@@ -8,6 +8,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from tests.battery import host_trials, trials
 from tests.battery.trials import READING, Actors, Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from tests.battery.trials import Body
 
@@ -30,20 +31,29 @@ async def battery(
     seeds: list[int],
     transports: tuple[str, ...],
     faults: tuple[str, ...],
-    actors: Actors,
+    *,
     bodies: Mapping[str, Body],
+    make_actors: Callable[[], Actors],
+    at_once: int,
 ) -> list[Trial]:
-    """Run the trials of some seeds, one after the other."""
-    done = []
-    for number, seed in enumerate(seeds):
-        trial = trials.make(seed, transports, faults)
-        await trials.run(trial, actors, bodies)
-        done.append(trial)
-        if trial.failed:
-            rich.print(f"FAILED {trial}: {trial.failed}", flush=True)
-        elif number % 50 == 0:
-            rich.print(f"{number}: {trial}", flush=True)
-    return done
+    """Run the trials of some seeds, so many at a time, each with actors of its own."""
+    left = deque(seeds)
+    done: list[Trial] = []
+
+    async def run_some() -> None:
+        actors = make_actors()
+        while left:
+            trial = trials.make(left.popleft(), transports, faults)
+            await trials.run(trial, actors, bodies)
+            done.append(trial)
+            if trial.failed:
+                rich.print(f"FAILED {trial}: {trial.failed}", flush=True)
+            elif len(done) % 50 == 0:
+                rich.print(f"{len(done)}: {trial}", flush=True)
+        await actors.end_all()
+
+    await asyncio.gather(*(run_some() for _ in range(at_once)))
+    return sorted(done, key=lambda trial: trial.seed)
 
 
 def table(done: list[Trial]) -> str:
@@ -81,6 +91,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--transports", help="default: all that move what is to be moved")
     parser.add_argument("--faults", help="default: all")
+    parser.add_argument("--at-once", type=int, default=3, help="on two hosts, always one")
     parser.add_argument("--hosts", action="store_true", help="between two hosts; needs root")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help="write the table there")
@@ -92,12 +103,15 @@ def main() -> int:
     possible = host_trials.BETWEEN_HOSTS if options.hosts else tuple(READING)
     chosen = options.transports.split(",") if options.transports else possible
     usable = tuple(name for name in chosen if probe(name).usable)
-    actors = host_trials.PlacedActors(spare=0) if options.hosts else Actors()
     cluster: dict[str, Any] = {} if options.hosts else {"num_cpus": 2, "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level="error", **cluster)
     begun = time.monotonic()
     seeds = list(range(options.seed, options.seed + options.trials))
-    done = asyncio.run(battery(seeds, usable, faults, actors, bodies))
+    make_actors = host_trials.PlacedActors if options.hosts else Actors
+    at_once = 1 if options.hosts else options.at_once
+    done = asyncio.run(
+        battery(seeds, usable, faults, bodies=bodies, make_actors=make_actors, at_once=at_once)
+    )
     ray.shutdown()
     failed = [trial for trial in done if trial.failed]
     text = table(done)

@@ -54,6 +54,8 @@ class PlacedActors(Actors):
     ``"holder"`` and ``"far reader"`` are on host 2; ``"near holder"`` and ``"reader"`` on host 1.
     """
 
+    spare: int = 0
+
     @override
     def _start(self, kind: str) -> Any:
         cls = Reader if kind.endswith("reader") else Holder
@@ -61,12 +63,6 @@ class PlacedActors(Actors):
         actor = ray.remote(cls).options(num_cpus=0, resources={host: 1}).remote()
         self.all.append(actor)
         return actor
-
-    async def lose(self, *kinds: str) -> None:
-        """Those of these kinds have died."""
-        for kind in kinds:
-            for actor in self._idle.pop(kind, []):
-                self.all.remove(actor)
 
 
 async def _ask(action: str) -> None:
@@ -118,21 +114,21 @@ async def _kill_node(trial: Trial, rng: random.Random, actors: Actors) -> None:
     pulling = asyncio.ensure_future(trials._pulled(reader, ref, trial))
     await _under_way(trial, rng, pulling)
     await _ask("kill the node")
-    await pulling
-    trials._expect(trial, "data", "OwnerDiedError", "PeerLostError")
-    await near.freed.remote(LIMIT_SECONDS)
-    del ref
-    await trials._works(reader, near, trial)
-    actors.give_back("near holder", near)
-    actors.give_back("reader", reader)
-    assert isinstance(actors, PlacedActors)
-    await actors.lose("holder", "far reader")
+    try:
+        await pulling
+        trials._expect(trial, "data", "OwnerDiedError", "PeerLostError")
+        await near.freed.remote(LIMIT_SECONDS)
+        del ref
+        await trials._works(reader, near, trial)
+        actors.give_back("near holder", near)
+        actors.give_back("reader", reader)
+    finally:
+        await eventually(_is_seen, what="Ray sees that the node is gone", within=_START_SECONDS)
+        await _ask("start a node")
 
-    def seen() -> bool:
-        return sum(node["Alive"] for node in ray.nodes()) == 1
 
-    await eventually(seen, what="Ray sees that the node is gone", within=_START_SECONDS)
-    await _ask("start a node")
+def _is_seen() -> bool:
+    return sum(node["Alive"] for node in ray.nodes()) == 1
 
 
 async def _partition(trial: Trial, rng: random.Random, actors: Actors) -> None:
@@ -146,10 +142,12 @@ async def _partition(trial: Trial, rng: random.Random, actors: Actors) -> None:
     pulling = asyncio.ensure_future(trials._pulled(reader, ref, trial))
     await _under_way(trial, rng, pulling)
     await _ask(rng.choice(("cut", "unplug")))
-    begun = asyncio.ensure_future(reader.pull.remote([ref], trial.seed, None, None))
-    cancelled: Result = await reader.pull.remote([ref], trial.seed, None, rng.uniform(0, 0.3))
-    await asyncio.sleep(rng.choice((0.1, 3.0, 11.0)))  # so long are they apart
-    await _ask("restore")
+    try:
+        begun = asyncio.ensure_future(reader.pull.remote([ref], trial.seed, None, None))
+        cancelled: Result = await reader.pull.remote([ref], trial.seed, None, rng.uniform(0, 0.3))
+        await asyncio.sleep(rng.choice((0.1, 3.0, 11.0)))  # so long are they apart
+    finally:
+        await _ask("restore")
     await pulling
     trials._expect(trial, "data", "PeerLostError", "TransferError")
     if cancelled.outcome not in {"CancelledError", "data"}:

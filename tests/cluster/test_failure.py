@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import random
@@ -11,7 +12,7 @@ import threading
 import time
 import weakref
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
@@ -22,6 +23,9 @@ from aiordt._config import PLANNED
 from aiordt.testing import at_phase, cancel_from_anywhere
 from tests.cluster.test_every_transport import BY
 from tests.support import MIB, Node, arange, eventually, kill, on_phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TRANSPORTS = ["make_cma", "make_tcp"]
 
@@ -408,26 +412,44 @@ async def _awaited(ref: aiordt.TensorRef, transport: str) -> None:
     await aiordt.get(ref, transport=transport)
 
 
+def broken() -> None:
+    raise ConnectionResetError(errno.ECONNRESET, "as if by the network")
+
+
 @pytest.mark.parametrize("transport", BY)
 @pytest.mark.parametrize("how", ["killed", "cancelled"])
 async def test_a_pull_that_failed_keeps_no_ref(spawn: Any, how: str, transport: str) -> None:
+    await keeps_no_ref(spawn, how, transport)
+
+
+async def test_a_pull_that_the_network_broke_keeps_no_ref(spawn: Any) -> None:
+    await keeps_no_ref(spawn, "broken", "tcp")
+
+
+async def keeps_no_ref(spawn: Any, how: str, transport: str) -> None:
     """ERR-1: nor anything else of the caller's, until the garbage collector comes by."""
     owner = spawn()
     ref = await owner.make.remote(large)
     pid = ref.owner.pid
     task = asyncio.ensure_future(_awaited(ref, transport))
     gone = weakref.ref(ref)
-    act = partial(cancel_from_anywhere, task) if how == "cancelled" else partial(os.kill, pid, 9)
+    acts: dict[str, Callable[[], object]] = {
+        "killed": partial(os.kill, pid, 9),
+        "cancelled": partial(cancel_from_anywhere, task),
+        "broken": broken,
+    }
+    point = "tcp.receiving" if how == "broken" else "pull.admitted"
     gc.collect()
     gc.disable()
     try:
-        with at_phase("pull.admitted", act):
+        with at_phase(point, acts[how]):
             await asyncio.wait({task})
         if how == "cancelled":
             assert task.cancelled()
         else:
-            assert isinstance(task.exception(), aiordt.OwnerDiedError)
-        del task, act, ref
+            expected = aiordt.OwnerDiedError if how == "killed" else aiordt.TransferError
+            assert isinstance(task.exception(), expected)
+        del task, acts, ref
         await eventually(lambda: gone() is None, what="the ref is let go", seconds=5)
     finally:
         gc.enable()

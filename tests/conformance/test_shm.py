@@ -13,7 +13,7 @@ import torch
 
 from aiordt._arena import arena
 from aiordt._errors import TransferError, UnavailableError
-from aiordt._peer import local_name
+from aiordt._sockets import local_name
 from aiordt._types import KIB, MIB
 from aiordt.abc import Part
 from aiordt.testing import Leaks, eventually

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typing_extensions import override
 
-from aiordt._errors import AiordtError, ProtocolViolationError, TransferError
+from aiordt._errors import PeerLostError, ProtocolViolationError, TransferError
 from aiordt._peer import RemotePeer
 from aiordt._types import KIB, MIB
 from aiordt._wire import Pull
@@ -244,12 +244,27 @@ async def test_a_read_whose_connections_end_raises_and_the_next_one_works(
         proxy.cut()
     else:
         getattr(proxy, fault)(after=64 * KIB)
-    with pytest.raises(AiordtError):
-        async with asyncio.timeout(5):
+    with pytest.raises((TransferError, PeerLostError)):
+        async with asyncio.timeout(10):
             await reading
     proxy.heal()
     await link.read([ends.part(target)])
     assert torch.equal(target, tensor)
+
+
+@pytest.mark.parametrize("fault", ["truncate", "reset", "corrupt"])
+async def test_an_owner_whose_control_connection_ends_is_not_dead(
+    proxied: tuple[Ends, TcpProxy], fault: str
+) -> None:  # DTH-1: who lives is not said to be dead
+    ends, proxy = proxied
+    key = ends.export(1000)  # so little comes in the reply
+    await ends.read(key, 1000)
+    getattr(proxy, fault)(after=8, towards="server")
+    with at_phase("peer.connecting", proxy.heal):  # when it is asked whether it lives
+        async with asyncio.timeout(10):
+            with pytest.raises(PeerLostError, match="it lives and can be reached again"):
+                await ends.read(key, 1000)
+    await ends.read(key, 1000)
 
 
 async def test_a_read_that_stands_still_is_cancelled_or_goes_on(

@@ -11,14 +11,21 @@ from typing_extensions import override
 
 from aiordt._config import TRANSPORTS
 from aiordt._errors import UnavailableError
-from aiordt.testing import Leaks, check_huge_part, check_transport, process_pairs
+from aiordt.testing import (
+    FaultPlan,
+    FaultyTransport,
+    Leaks,
+    check_huge_part,
+    check_transport,
+    process_pairs,
+)
 from aiordt.testing._process import ServingProcess
 from aiordt.transports import load, probe
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from aiordt.testing import MakePair
+    from aiordt.testing import MakePair, Pair
 
 #: What is `mpi`'s is in test_mpi.py: it needs a group, and MPI a process of its own.
 ALONE = [name for name in TRANSPORTS if name != "mpi"]
@@ -73,6 +80,23 @@ def test_conformance(transport: str, loop: str, spare: list[ServingProcess]) -> 
     make_loop: Callable[[], asyncio.AbstractEventLoop] = LOOPS[loop]
     with asyncio.Runner(loop_factory=make_loop) as runner:
         runner.run(check(transport, check_transport, spare))
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_with_a_plan_of_no_faults(transport: str, spare: list[ServingProcess]) -> None:
+    """A `FaultyTransport` whose plan is empty keeps every promise, too."""
+    faults = FaultyTransport(FaultPlan())
+
+    async def suite(make_pair: MakePair) -> None:
+        async def make_spoilt() -> Pair:
+            pair = await make_pair()
+            faults.spoil(pair.link)
+            return pair
+
+        await check_transport(make_spoilt)
+
+    await check(transport, suite, spare)
+    assert faults.operations > 100
 
 
 @pytest.mark.parametrize("transport", ALONE)

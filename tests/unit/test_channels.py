@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from aiordt._arena import arena
 from aiordt._errors import ProtocolViolationError
 from aiordt._memory import lend
-from aiordt._wire import Sealer
+from aiordt._wire import Sealer, pack_header
 from aiordt.channels import _frames
 from aiordt.channels._frames import Item, Parser, Place
 from aiordt.channels._items import Packed, copy, on_memory, rebuilt
@@ -75,7 +74,7 @@ def test_frames_that_are_none_are_refused() -> None:
     with pytest.raises(ProtocolViolationError):
         _frames.unpack_numbers(b"\x91\xa1x")
     with pytest.raises(ProtocolViolationError):
-        list(Parser(Sealer(KEY)).feed(struct.pack("!I", 1 << 30)))
+        list(Parser(Sealer(KEY)).feed(pack_header(1 << 30)))
 
 
 def ring(capacity: int) -> Ring:

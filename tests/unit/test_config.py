@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ def test_a_config_is_frozen() -> None:
         ({"pool_nbytes": 1.5}, InvalidTypeError, "pool_nbytes must be an int, not 1.5"),
         ({"inline_nbytes": True}, InvalidTypeError, "not True"),
         ({"inline_nbytes": "1"}, InvalidTypeError, "not '1'"),
+        ({"checksums": 1}, InvalidTypeError, "checksums must be a bool, not 1"),
         ({"transports": "tcp"}, InvalidTypeError, "sequence of str"),
         ({"transports": [1]}, InvalidTypeError, "sequence of str"),
         ({"transports": ()}, InvalidValueError, "at least one"),
@@ -62,8 +64,8 @@ def test_wrong_values_are_refused_by_name(
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
 def test_every_setting_has_its_variable(field: str) -> None:
-    text = "tcp, cma" if field == "transports" else "7"
-    value: Any = ("tcp", "cma") if field == "transports" else 7
+    others: dict[str, Any] = {"transports": ("tcp, cma", ("tcp", "cma")), "checksums": ("1", True)}
+    text, value = others.get(field, ("7", 7))
     config = from_environment(
         {f"AIORDT_{field.upper()}": text, "OTHER_NBYTES": "x", "AIORDT_MPI_WORLD": "t:0:2"}
     )
@@ -77,11 +79,20 @@ def test_every_setting_has_its_variable(field: str) -> None:
         ("AIORDT_INLINE_NBYTES", "many", "AIORDT_INLINE_NBYTES='many' is not an integer"),
         ("AIORDT_INLINE_NBYTES", "-1", "at least 0"),
         ("AIORDT_TRANSPORTS", "", "at least one"),
+        ("AIORDT_CHECKSUMS", "yes", "AIORDT_CHECKSUMS='yes' is neither 0 nor 1"),
     ],
 )
 def test_wrong_variables_are_refused_by_name(variable: str, text: str, words: str) -> None:
     with pytest.raises(InvalidValueError, match=words):
         from_environment({variable: text})
+
+
+def test_checksums_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert from_environment({"AIORDT_CHECKSUMS": "0"}) == Config()
+    monkeypatch.setitem(sys.modules, "xxhash", None)  # as if it were not installed
+    with pytest.raises(InvalidValueError, match=r"pip install aiordt\[checksums\]"):
+        aiordt.configure(checksums=True)
+    assert _config.take() == Config()
 
 
 def test_configure_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from aiordt._errors import AiordtError
 FACTS: dict[str, dict[str, object]] = {
     "UnavailableError": {"reason": "pip install it", "transport": "nixl"},
     "TransferError": {"transport": "cma", "peer": "pid 7", "nbytes": 1 << 40},
+    "ChecksumError": {"transport": "cma", "peer": "pid 7", "nbytes": 5, "overwritten": True},
     "OwnerDiedError": {"owner": "Trainer 12 (pid 7)"},
     "PeerLostError": {"peer": "10.0.0.1:1"},
     "AuthenticationError": {"peer": "10.0.0.1:1"},

@@ -9,7 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import pytest
 
 from aiordt import testing
 from aiordt._errors import InvalidValueError, UsageError
-from aiordt.mpi import _launch, _rank, _shim, _world, world
+from aiordt.mpi import _hub, _launch, _rank, _shim, _world, world
 from aiordt.mpi._hub import Hub
 from aiordt.mpi._link import inherited
 
@@ -299,6 +299,38 @@ async def test_the_hub_lets_in_only_its_ranks(case: str) -> None:  # MPI-2
         stranger = await served.join(rank, key)
         assert await asyncio.wait_for(stranger.reader.read(), 10) == b""
         assert sorted(served.hub.members) == [1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"[]", b"3", b'{"nonce": 1}', b"noise \xff", b"[" * 100_000, b"",
+        b'{"nonce": "n", "proof": "\\u00e9"}',
+    ],
+    ids=["list", "number", "incomplete", "noise", "deep", "empty", "not ASCII"],
+)  # fmt: skip
+async def test_nonsense_at_the_hub_is_cut_off(
+    said: bytes, caplog: pytest.LogCaptureFixture
+) -> None:  # MPI-2
+    async with serving(1) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(said + b"\n")
+        await asyncio.wait_for(reader.readline(), 10)
+        with suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+        assert (await (await served.join(0)).told())["size"] == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_who_says_nothing_at_the_hub_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_hub, "MEETING_SECONDS", 0.1)  # MPI-2
+    async with serving(1) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        await asyncio.wait_for(reader.readline(), 10)
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+    assert not served.hub.members
 
 
 async def test_a_rank_does_not_believe_another_hub() -> None:  # MPI-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import hmac
 import logging
@@ -26,99 +27,29 @@ from aiordt._errors import (
     TensorFreedError,
     TransferError,
 )
-from aiordt._peer import Network, RemotePeer, listen, listen_locally
+from aiordt._peer import RemotePeer
+from aiordt._sockets import listen
 from aiordt._wire import Cancel, Failure, Hello, Message, Pull, PullReply, Seen
 from aiordt.abc import PeerAddress
-from aiordt.testing import eventually
+from aiordt.testing import TcpProxy, eventually
+from tests.network import PULL, SECRET, Intruder, MakeEnd, hello_to, made_ends
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
-SECRET = b"the cluster's secret"
 SETTLE = 0.03  # how long to wait for what must not happen
-HELLO_NBYTES = 16
-
-
-class End:
-    """One process: a network, and what came to it."""
-
-    def __init__(self, secret: bytes = SECRET) -> None:
-        self.secret = secret
-        self.listener = listen("127.0.0.1")
-        self.port = self.listener.getsockname()[1]
-        self.runtime_id = os.urandom(16)
-        self.seen: list[tuple[Message, bytes]] = []
-        self.streams: dict[bytes, socket.socket] = {}
-        self.lost: list[bytes] = []
-        self.answer: Callable[[Message], Awaitable[Message | None]] = self.echo
-        self.network = Network(
-            self.listener,
-            listen_locally(self.runtime_id),
-            self.runtime_id,
-            secret=self.read_secret,
-            handle=self.handle,
-            accept=self.accept,
-            lost=self.lost.append,
-        )
-        self.network.start()
-        self.peers: list[RemotePeer] = []
-
-    @property
-    def address(self) -> PeerAddress:
-        return PeerAddress("127.0.0.1", self.port, self.runtime_id, os.getpid(), bytes(16), 0)
-
-    async def read_secret(self) -> bytes:
-        return self.secret
-
-    async def echo(self, message: Message) -> Message | None:
-        return PullReply(b"echo") if isinstance(message, Pull) else None
-
-    async def handle(self, message: Message, peer_id: bytes) -> Message | None:
-        self.seen.append((message, peer_id))
-        return await self.answer(message)
-
-    def accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:
-        self.streams[stream] = sock
-        return True
-
-    def peer(self, other: End) -> RemotePeer:
-        made = RemotePeer(other.address, self.network)
-        self.peers.append(made)
-        return made
-
-    async def aclose(self) -> None:
-        await self.network.aclose()
-        for sock in self.streams.values():
-            sock.close()
-
-
-def num_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture
-async def ends() -> AsyncIterator[Callable[..., End]]:
-    """Makes ends; afterwards every file descriptor of theirs must be closed."""
-    made: list[End] = []
-    before = num_fds()
-
-    def make(secret: bytes = SECRET) -> End:
-        made.append(End(secret))
-        return made[-1]
-
-    yield make
-    for end in made:
-        await end.aclose()
-    await eventually(lambda: num_fds() <= before, what="every file descriptor is closed")
-
-
-PULL = Pull([(b"k" * 16, 0, None)], 4, [])
+async def ends() -> AsyncIterator[MakeEnd]:
+    async with made_ends() as make:
+        yield make
 
 
 # --- calls --------------------------------------------------------------------------------------
 
 
-async def test_calls_in_both_directions(ends: Callable[..., End]) -> None:
+async def test_calls_in_both_directions(ends: MakeEnd) -> None:
     left, right = ends(), ends()
     assert await left.peer(right).call(PULL) == PullReply(b"echo")
     assert await right.peer(left).call(PULL) == PullReply(b"echo")
@@ -126,7 +57,7 @@ async def test_calls_in_both_directions(ends: Callable[..., End]) -> None:
     assert left.seen == [(PULL, right.runtime_id)]
 
 
-async def test_many_calls_share_one_connection_and_keep_apart(ends: Callable[..., End]) -> None:
+async def test_many_calls_share_one_connection_and_keep_apart(ends: MakeEnd) -> None:
     left, right = ends(), ends()
 
     async def slow_first(message: Message) -> Message:
@@ -154,7 +85,7 @@ async def test_many_calls_share_one_connection_and_keep_apart(ends: Callable[...
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 async def test_errors_come_back(
-    ends: Callable[..., End], raised: Exception, expected: type[AiordtError]
+    ends: MakeEnd, raised: Exception, expected: type[AiordtError]
 ) -> None:  # RPC-1
     left, right = ends(), ends()
 
@@ -168,13 +99,13 @@ async def test_errors_come_back(
     assert await left.peer(right).call(PULL) == PullReply(b"echo"), "RPC-2: it ended alone"
 
 
-async def test_an_unknown_request_is_refused(ends: Callable[..., End]) -> None:
+async def test_an_unknown_request_is_refused(ends: MakeEnd) -> None:
     left, right = ends(), ends()
     with pytest.raises(ProtocolViolationError, match="unknown request"):
         await left.peer(right).call(Failure("kind", "text"))
 
 
-async def test_notes_have_no_reply(ends: Callable[..., End]) -> None:
+async def test_notes_have_no_reply(ends: MakeEnd) -> None:
     left, right = ends(), ends()
     peer = left.peer(right)
     await peer.note(Seen([b"k" * 16]))
@@ -183,7 +114,7 @@ async def test_notes_have_no_reply(ends: Callable[..., End]) -> None:
     assert right.seen[0][0] == Seen([b"k" * 16])
 
 
-async def test_a_cancelled_call_is_cancelled_over_there(ends: Callable[..., End]) -> None:
+async def test_a_cancelled_call_is_cancelled_over_there(ends: MakeEnd) -> None:
     left, right = ends(), ends()  # CAN-1, RPC-2
     started, stopped = asyncio.Event(), asyncio.Event()
 
@@ -208,7 +139,7 @@ async def test_a_cancelled_call_is_cancelled_over_there(ends: Callable[..., End]
     assert len(right.network._connections) == 1
 
 
-async def test_cancelling_one_of_two_first_callers(ends: Callable[..., End]) -> None:
+async def test_cancelling_one_of_two_first_callers(ends: MakeEnd) -> None:
     left, right = ends(), ends()  # ISO-1
     peer = left.peer(right)
     first = asyncio.create_task(peer.call(PULL))
@@ -221,8 +152,12 @@ async def test_cancelling_one_of_two_first_callers(ends: Callable[..., End]) -> 
     assert await second == PullReply(b"echo")
 
 
-async def test_a_lost_connection_ends_pending_calls(ends: Callable[..., End]) -> None:
-    left, right = ends(), ends()  # RPC-1, DTH-1
+@pytest.mark.parametrize("lives", [True, False])
+async def test_a_lost_connection_ends_pending_calls(
+    ends: MakeEnd,
+    lives: bool,  # noqa: FBT001
+) -> None:  # RPC-1, DTH-1
+    left, right = ends(), ends()
     started = asyncio.Event()
 
     async def hang(_: Message) -> Message:
@@ -234,16 +169,20 @@ async def test_a_lost_connection_ends_pending_calls(ends: Callable[..., End]) ->
     peer = left.peer(right)
     tasks = [asyncio.create_task(peer.call(PULL)) for _ in range(5)]
     await asyncio.wait_for(started.wait(), 5)
-    for connection in list(right.network._connections):
-        await connection.aclose()
+    if lives:
+        for connection in list(right.network._connections):
+            await connection.aclose()
+    else:
+        await right.network.aclose()
     done, _ = await asyncio.wait(tasks, timeout=2)
     assert len(done) == 5, "DTH-1: within 2 s"
-    assert all(isinstance(task.exception(), OwnerDiedError) for task in tasks)
+    expected = PeerLostError if lives else OwnerDiedError
+    assert all(isinstance(task.exception(), expected) for task in tasks)
     assert left.lost == [right.runtime_id]
     assert right.lost == [left.runtime_id]
 
 
-async def test_a_peer_is_reached_again_after_its_connection_broke(ends: Callable[..., End]) -> None:
+async def test_a_peer_is_reached_again_after_its_connection_broke(ends: MakeEnd) -> None:
     left, right = ends(), ends()
     peer = left.peer(right)
     await peer.call(PULL)
@@ -253,7 +192,7 @@ async def test_a_peer_is_reached_again_after_its_connection_broke(ends: Callable
     assert await peer.call(PULL) == PullReply(b"echo")
 
 
-async def test_closing_a_connection_can_be_cancelled(ends: Callable[..., End]) -> None:
+async def test_closing_a_connection_can_be_cancelled(ends: MakeEnd) -> None:
     left, right = ends(), ends()  # CAN-1, CLS-1
     await left.peer(right).call(PULL)
     (connection,) = left.network._connections
@@ -266,7 +205,7 @@ async def test_closing_a_connection_can_be_cancelled(ends: Callable[..., End]) -
     await connection.aclose()
 
 
-async def test_a_closed_network_refuses_and_ends_calls(ends: Callable[..., End]) -> None:
+async def test_a_closed_network_refuses_and_ends_calls(ends: MakeEnd) -> None:
     left, right = ends(), ends()  # CLS-1, CLS-2
     started = asyncio.Event()
 
@@ -289,7 +228,7 @@ async def test_a_closed_network_refuses_and_ends_calls(ends: Callable[..., End])
 
 
 async def test_another_secret_is_refused_both_ways(
-    ends: Callable[..., End], caplog: pytest.LogCaptureFixture
+    ends: MakeEnd, caplog: pytest.LogCaptureFixture
 ) -> None:  # AUTH-1
     left, right = ends(), ends(b"another secret")
     for one, other in ((left, right), (right, left)):
@@ -305,57 +244,10 @@ async def test_another_secret_is_refused_both_ways(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-class Intruder:
-    """Speaks the handshake byte by byte, without the secret or with it."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    @staticmethod
-    async def connect(end: End) -> Intruder:
-        sock = socket.socket()
-        sock.setblocking(False)  # noqa: FBT003  (its signature)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", end.port))
-        return Intruder(sock)
-
-    async def send(self, data: bytes) -> None:
-        with contextlib.suppress(ConnectionError):
-            await asyncio.get_running_loop().sock_sendall(self.sock, data)
-
-    async def frame(self, body: bytes) -> None:
-        await self.send(_wire.HEADER.pack(len(body)) + body)
-
-    async def rest(self) -> bytes:
-        """What comes until the other end closes, which must be soon."""
-        data = b""
-        with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(5):
-                while got := await asyncio.get_running_loop().sock_recv(self.sock, 4096):
-                    data += got
-        self.sock.close()
-        return data
-
-    async def body(self) -> bytes:
-        async with asyncio.timeout(5):
-            return await _peer._receive_frame(self.sock)
-
-
-def hello_to(end: End, **changes: object) -> Hello:
-    fields: dict[str, object] = {
-        "purpose": _wire.CONTROL,
-        "client": b"c" * 16,
-        "server": end.runtime_id,
-        "nonce": os.urandom(16),
-        "stream": b"",
-        **changes,
-    }
-    return Hello(**fields)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("purpose", [_wire.CONTROL, _wire.STREAM])
 @pytest.mark.parametrize("guess", ["nothing", "random", "reflected", "the server's own"])
 async def test_without_the_secret_nobody_is_let_in(
-    ends: Callable[..., End], purpose: str, guess: str
+    ends: MakeEnd, purpose: str, guess: str
 ) -> None:  # AUTH-1, WIRE-3
     end = ends()
     intruder = await Intruder.connect(end)
@@ -378,7 +270,7 @@ async def test_without_the_secret_nobody_is_let_in(
     assert end.network._connections == set()
 
 
-async def test_replayed_handshakes_are_refused(ends: Callable[..., End]) -> None:  # AUTH-1, WIRE-3
+async def test_replayed_handshakes_are_refused(ends: MakeEnd) -> None:  # AUTH-1, WIRE-3
     """All that an honest client said, said again, opens nothing."""
     end = ends()
     honest = await Intruder.connect(end)
@@ -404,7 +296,7 @@ async def test_replayed_handshakes_are_refused(ends: Callable[..., End]) -> None
     assert len(end.seen) == 1, "WIRE-1"
 
 
-async def test_a_server_without_the_secret_is_refused(ends: Callable[..., End]) -> None:
+async def test_a_server_without_the_secret_is_refused(ends: MakeEnd) -> None:
     client = ends()  # AUTH-1
     listener = listen("127.0.0.1")
     heard: list[bytes] = []
@@ -430,25 +322,26 @@ async def test_a_server_without_the_secret_is_refused(ends: Callable[..., End]) 
 
 def garbage() -> dict[str, bytes]:
     noise = random.Random(7).randbytes(5000)  # noqa: S311  (a fixed seed)
-    header = _wire.HEADER
+    header = _wire.pack_header
     odd = bytes([0x97, 1, 0x90]) + b"\xc4\x10" + bytes(16)  # a purpose that is a list
     odd += (b"\xc4\x10" + bytes(16)) * 2 + b"\xc4\x00\x80"
     return {
         "noise": noise,
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        "an empty frame": header.pack(0),
-        "an oversized frame": header.pack(0xFFFFFFFF) + noise,
-        "a frame of noise": header.pack(1000) + noise[:1000],
-        "a hello with an odd purpose": header.pack(len(odd)) + odd,
+        "an empty frame": header(0),
+        "an oversized frame": header(0xFFFFFFFF) + noise,
+        "a frame of noise": header(1000) + noise[:1000],
+        "a hello with an odd purpose": header(len(odd)) + odd,
         "half a header": b"\0\0",
-        "half a hello": header.pack(80) + bytes(10),
+        "half a hello": header(80) + bytes(10),
+        "a garbled length": _wire.HEADER.pack(1000, 1000) + noise[:1000],
         "nothing": b"",
     }
 
 
 @pytest.mark.parametrize("name", garbage())
 async def test_garbage_is_cut_off_and_the_service_goes_on(
-    ends: Callable[..., End], name: str, caplog: pytest.LogCaptureFixture
+    ends: MakeEnd, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:  # AUTH-1
     end, other = ends(), ends()
     intruder = await Intruder.connect(end)
@@ -465,7 +358,7 @@ async def test_garbage_is_cut_off_and_the_service_goes_on(
 
 @pytest.mark.parametrize("frame", ["altered", "oversized", "garbage", "truncated", "odd kind"])
 async def test_bad_frames_end_one_connection_only(
-    ends: Callable[..., End], frame: str, caplog: pytest.LogCaptureFixture
+    ends: MakeEnd, frame: str, caplog: pytest.LogCaptureFixture
 ) -> None:  # WIRE-1, WIRE-2, RPC-2
     end, bystander = ends(), ends()
     peer = bystander.peer(end)
@@ -481,7 +374,7 @@ async def test_bad_frames_end_one_connection_only(
     odd = bytes([0x96, 1, 0x90, 1, 4, 0x92]) + b"\xa1k\xa1t\x80"  # a kind that is a list
     data = {
         "altered": sealed[:-1] + bytes([sealed[-1] ^ 1]),
-        "oversized": _wire.HEADER.pack(_wire.MAX_FRAME + 1) + bytes(64),
+        "oversized": _wire.pack_header(_wire.MAX_FRAME + 1) + bytes(64),
         "garbage": os.urandom(4096),
         "truncated": sealed[:-3],
         "odd kind": _wire.sealers(SECRET, hello, challenge.nonce)[0].seal(odd),
@@ -497,7 +390,7 @@ async def test_bad_frames_end_one_connection_only(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-async def test_replies_to_nothing_and_stray_cancels_are_ignored(ends: Callable[..., End]) -> None:
+async def test_replies_to_nothing_and_stray_cancels_are_ignored(ends: MakeEnd) -> None:
     left, right = ends(), ends()
     peer = left.peer(right)
     await peer.call(PULL)
@@ -508,7 +401,7 @@ async def test_replies_to_nothing_and_stray_cancels_are_ignored(ends: Callable[.
 
 
 async def test_slow_handshakes_are_ended(
-    ends: Callable[..., End], monkeypatch: pytest.MonkeyPatch
+    ends: MakeEnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # AUTH-2
     monkeypatch.setattr(_peer, "HANDSHAKE_SECONDS", 0.1)
     end = ends()
@@ -518,7 +411,7 @@ async def test_slow_handshakes_are_ended(
 
 
 async def test_a_flood_of_handshakes_is_bounded(
-    ends: Callable[..., End], monkeypatch: pytest.MonkeyPatch
+    ends: MakeEnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # AUTH-2
     monkeypatch.setattr(_peer, "MAX_HANDSHAKES", 4)
     end, other = ends(), ends()
@@ -535,7 +428,7 @@ async def test_a_flood_of_handshakes_is_bounded(
 # --- who is there -------------------------------------------------------------------------------
 
 
-async def test_another_process_on_the_port_means_the_owner_died(ends: Callable[..., End]) -> None:
+async def test_another_process_on_the_port_means_the_owner_died(ends: MakeEnd) -> None:
     client, server = ends(), ends()
     stale = PeerAddress("127.0.0.1", server.port, os.urandom(16), 1, bytes(16), 0)
     with pytest.raises(OwnerDiedError, match="another process has its port"):
@@ -543,7 +436,41 @@ async def test_another_process_on_the_port_means_the_owner_died(ends: Callable[.
     assert server.seen == []
 
 
-async def test_a_refused_port_means_the_owner_died(ends: Callable[..., End]) -> None:
+async def test_an_id_that_was_garbled_on_the_way_does_not(
+    ends: MakeEnd,
+) -> None:
+    client, server = ends(), ends()
+    async with TcpProxy("127.0.0.1", server.port) as proxy:
+        hello = _wire.pack_hello(
+            Hello(_wire.CONTROL, client.runtime_id, server.runtime_id, bytes(16), b"")
+        )
+        proxy.corrupt(after=_wire.HEADER.size + hello.index(server.runtime_id), towards="server")
+        address = dataclasses.replace(client.peer(server).address, port=proxy.port)
+        with pytest.raises(PeerLostError):
+            await RemotePeer(address, client.network).call(PULL)
+        proxy.heal()
+        assert await RemotePeer(address, client.network).call(PULL) == PullReply(b"echo")
+
+
+async def test_who_comes_when_the_network_is_whole_again_is_not_told_how_it_was(
+    ends: MakeEnd,
+) -> None:
+    client, server = ends(), ends()
+    async with TcpProxy("127.0.0.1", server.port) as proxy:
+        address = dataclasses.replace(client.peer(server).address, port=proxy.port)
+        peer = RemotePeer(address, client.network)
+        proxy.reset(towards="server")
+        earlier = asyncio.create_task(peer.call(PULL))
+        await eventually(lambda: proxy.num_connections > 2, what="it looks whether it lives")
+        proxy.heal()
+        assert not earlier.done()
+        async with asyncio.timeout(10):
+            assert await peer.call(PULL) == PullReply(b"echo")
+        with pytest.raises(PeerLostError, match="cannot be reached"):
+            await earlier
+
+
+async def test_a_refused_port_means_the_owner_died(ends: MakeEnd) -> None:
     client, server = ends(), ends()
     await server.aclose()
     with pytest.raises(OwnerDiedError, match="nobody listens there") as info:
@@ -551,9 +478,7 @@ async def test_a_refused_port_means_the_owner_died(ends: Callable[..., End]) -> 
     assert info.value.owner == str(server.address)
 
 
-async def test_a_silent_host_is_lost(
-    ends: Callable[..., End], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_silent_host_is_lost(ends: MakeEnd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_peer, "HANDSHAKE_SECONDS", 0.1)
     client = ends()
     silent = listen("127.0.0.1")  # accepts, in the kernel, and never says a word
@@ -565,7 +490,7 @@ async def test_a_silent_host_is_lost(
 
 
 async def test_streams_are_handed_over_blocking_and_authenticated(
-    ends: Callable[..., End],
+    ends: MakeEnd,
 ) -> None:  # AUTH-1
     left, right = ends(), ends()
     name = os.urandom(16)
@@ -579,7 +504,7 @@ async def test_streams_are_handed_over_blocking_and_authenticated(
     sock.close()
 
 
-async def test_a_verdict_tells_death_from_failure(ends: Callable[..., End]) -> None:  # DTH-1
+async def test_a_verdict_tells_death_from_failure(ends: MakeEnd) -> None:  # DTH-1
     left, right = ends(), ends()
     peer = left.peer(right)
     await peer.call(PULL)

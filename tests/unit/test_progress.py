@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiordt._errors import ClosedError
-from aiordt._progress import Admission, Inbox, IoThread, Workers, finish, run_all
+from aiordt._progress import Inbox, IoThread, Workers, finish, run_all
 from aiordt.testing import eventually, wait_until
 from aiordt.transports import _job
 
@@ -330,123 +330,6 @@ def test_the_inbox_shrugs_when_the_loop_is_gone() -> None:
     inbox = Inbox(loop, lambda _: None)
     loop.close()
     inbox.put(1)
-
-
-# --- admission ----------------------------------------------------------------------------------
-
-
-async def test_admission_is_first_come_first_served() -> None:
-    admission = Admission(10)
-    order: list[str] = []
-
-    async def transfer(name: str, nbytes: int) -> None:
-        await admission.acquire(nbytes)
-        order.append(name)
-
-    await transfer("a", 6)
-    tasks = []
-    for name, nbytes in (("b", 6), ("c", 1), ("d", 4)):
-        tasks.append(asyncio.create_task(transfer(name, nbytes)))
-        await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert order == ["a"], "a small one does not overtake"
-    admission.release(6)
-    await eventually(lambda: len(order) == 3, what="b and c were let in")
-    await asyncio.sleep(0)
-    assert order == ["a", "b", "c"]
-    admission.release(1)
-    await asyncio.gather(*tasks)
-    assert order[3:] == ["d"]
-
-
-async def test_one_larger_than_the_limit_is_let_in_alone() -> None:
-    admission = Admission(10)
-    await admission.acquire(100)
-    waiting = asyncio.create_task(admission.acquire(1))
-    await asyncio.sleep(SETTLE)
-    assert not waiting.done()
-    admission.release(100)
-    await asyncio.wait_for(waiting, 5)
-
-
-async def test_a_cancelled_wait_takes_no_room() -> None:  # CAN-1
-    admission = Admission(10)
-    await admission.acquire(10)
-    blocking = asyncio.create_task(admission.acquire(10))
-    behind = asyncio.create_task(admission.acquire(2))
-    await asyncio.sleep(0)
-    blocking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await blocking
-    assert not behind.done()
-    admission.release(8)
-    await asyncio.wait_for(behind, 5)
-    admission.release(2)
-    admission.release(2)
-    await asyncio.wait_for(admission.acquire(10), 5)
-
-
-async def test_cancelling_the_first_lets_the_next_in() -> None:
-    admission = Admission(10)
-    await admission.acquire(4)
-    first = asyncio.create_task(admission.acquire(10))
-    second = asyncio.create_task(admission.acquire(6))
-    await asyncio.sleep(0)
-    first.cancel()
-    await asyncio.wait_for(second, 5)
-
-
-async def test_cancelled_at_the_moment_of_being_let_in() -> None:  # CAN-1
-    admission = Admission(10)
-    await admission.acquire(10)
-    waiting = asyncio.create_task(admission.acquire(10))
-    await asyncio.sleep(0)
-    admission.release(10)  # lets it in; its task has not run yet
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    await asyncio.wait_for(admission.acquire(10), 5)
-
-
-def test_admission_across_loops() -> None:
-    admission = Admission(1)
-    total = 0
-
-    async def transfer() -> None:
-        nonlocal total
-        for _ in range(30):
-            await admission.acquire(1)
-            seen = total
-            await asyncio.sleep(0)
-            total = seen + 1
-            admission.release(1)
-
-    async def many() -> None:
-        await asyncio.gather(transfer(), transfer())
-
-    threads = [threading.Thread(target=lambda: asyncio.run(many())) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert total == 180, "one at a time, and every one in the end"
-
-
-def test_a_waiter_whose_loop_is_gone_does_not_block_the_rest() -> None:
-    admission = Admission(10)
-
-    async def leave() -> None:
-        await admission.acquire(10)
-        asyncio.ensure_future(admission.acquire(5)).add_done_callback(lambda _: None)
-        await asyncio.sleep(0)
-
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(leave())
-    (pending,) = asyncio.all_tasks(loop)
-    pending._log_destroy_pending = False  # type: ignore[attr-defined]
-    loop.close()
-    admission.release(10)
-    asyncio.run(asyncio.wait_for(admission.acquire(10), 5))
 
 
 # --- run_all ------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import struct
 from typing import Any
 
 import msgpack
@@ -16,6 +15,7 @@ from aiordt import _wire
 from aiordt._errors import ProtocolViolationError
 from aiordt._layout import Cut
 from aiordt._wire import Challenge, Hello, Sealer, TensorMeta
+from aiordt.transports import tcp
 
 QUICK = settings(max_examples=100, deadline=None)
 
@@ -174,8 +174,9 @@ KEY = b"k" * 32
 
 
 def _body(frame: bytes) -> bytes:
-    assert _wire.frame_length(frame[:4]) == len(frame) - 4
-    return frame[4:]
+    size = _wire.HEADER.size
+    assert _wire.frame_length(frame[:size]) == len(frame) - size
+    return frame[size:]
 
 
 @QUICK
@@ -236,14 +237,21 @@ def test_sealers_of_another_connection_are_different() -> None:  # WIRE-1
 
 def test_lengths_are_bounded_before_anything_is_read() -> None:  # WIRE-2
     limit = _wire.MAX_FRAME
-    assert _wire.frame_length(struct.pack("!I", limit)) == limit
+    assert _wire.frame_length(_wire.pack_header(limit)) == limit
     for length in (0, limit + 1, 2**32 - 1):
-        with pytest.raises(ProtocolViolationError):
-            _wire.frame_length(struct.pack("!I", length))
-    with pytest.raises(ProtocolViolationError):
-        _wire.frame_length(struct.pack("!I", 1025), limit=_wire.MAX_HANDSHAKE)
+        with pytest.raises(ProtocolViolationError, match="limit"):
+            _wire.frame_length(_wire.pack_header(length))
+    with pytest.raises(ProtocolViolationError, match="limit"):
+        _wire.frame_length(_wire.pack_header(1025), limit=_wire.MAX_HANDSHAKE)
     with pytest.raises(ProtocolViolationError, match="limit"):
         Sealer(KEY).seal(bytes(limit))
+
+
+@pytest.mark.parametrize("bit", range(64))
+def test_a_garbled_length_is_seen_before_anybody_waits_for_so_many_bytes(bit: int) -> None:
+    garbled = int.from_bytes(_wire.pack_header(1000)) ^ (1 << bit)
+    with pytest.raises(ProtocolViolationError, match="garbled"):
+        _wire.frame_length(garbled.to_bytes(8))
 
 
 def test_a_frame_that_is_too_long_does_not_spoil_the_next() -> None:  # WIRE-1
@@ -350,7 +358,7 @@ def test_the_meta_of_an_ordinary_tensor_is_small(
 @QUICK
 @given(st.integers(0, 1 << 34), st.integers(1, 64))
 def test_stripes_cover_exactly(nbytes: int, count: int) -> None:
-    cuts = _wire.stripes(nbytes, count)
+    cuts = tcp._stripes(nbytes, count)
     assert len(cuts) == count
     assert cuts[0][0] == 0
     assert cuts[-1][1] == nbytes

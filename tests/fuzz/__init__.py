@@ -1,0 +1,1 @@
+"""Arbitrary bytes against all that reads bytes of others: ``make fuzz``."""
