@@ -38,13 +38,6 @@ _START_SECONDS: Final = 60.0
 #: In which an owner has heard of a holder's death, and would have freed what it must not.
 _SETTLE_SECONDS: Final = 4.0
 _ASKING: Final = "DO "
-#: Ray sees within seconds that a node's port is closed; of a node that does not answer, which
-#: may only be cut off, it waits for 10 s each time.
-_HEALTH: Final = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 @dataclass(slots=True)
@@ -74,7 +67,7 @@ async def _ask(action: str) -> None:
 
 def on_two_hosts(arguments: list[str]) -> int:
     """Run the battery on two hosts; its exit status."""
-    with two_hosts(environment={**_HEALTH, **worker.environment()}) as hosts:
+    with two_hosts(environment=worker.environment()) as hosts:
         hosts.slow(_MEGABITS)
         actions: dict[str, Callable[[], None]] = {
             "cut": partial(hosts.cut, silently=True),

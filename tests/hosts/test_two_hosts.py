@@ -300,7 +300,7 @@ def test_link_cut_in_a_transfer_ends_the_pull(hosts: TwoHosts, driver: Driver) -
     assert found["new"]["equal"]
 
 
-@pytest.mark.parametrize("transport", ["tcp", "ucx"])
+@pytest.mark.parametrize("transport", [pytest.param("tcp", marks=pytest.mark.soak), "ucx"])
 def test_hosts_that_do_not_see_each_other_for_a_while(
     hosts: TwoHosts, driver: Driver, transport: str
 ) -> None:  # OWN-1, CAN-1, LSE-1
