@@ -17,6 +17,7 @@ import torch
 import aiordt
 from aiordt import _claims
 from aiordt._runtime import current
+from tests.cluster.test_items import cut
 from tests.support import MIB, arange, eventually
 
 _NBYTES = 2 * MIB
@@ -342,6 +343,8 @@ async def test_who_got_a_ref_from_a_process_that_is_killed_still_holds_it(
     pid = await middle.pid.remote()
     os.kill(pid, signal.SIGKILL)
     assert not await a.run.remote(freed, 4.0), "Ray tells within 2 s that the middle is gone"
+    await a.run.remote(cut)
+    assert not await a.run.remote(freed, 1.0), "it lives, and can be reached again"
     assert await b.run.remote(pull)
     await b.run.remote(drop)
     assert await a.run.remote(freed, 10.0)
