@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 SUITE := -m "not soak" -n 2 --dist loadfile
 
-.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery fuzz clean
+.PHONY: demo test unit explore lint types layers docs check coverage bench soak battery hosts fuzz clean
 
 $(VENV)/.base: pyproject.toml $(CONSTRAINTS) Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -86,6 +86,10 @@ explore: $(VENV)/.dev
 # A thousand transfers that something happens to.
 battery: $(VENV)/.dev
 	$(BIN)/python -m tests.battery $(ARGS)
+
+# The scenarios of tests/cluster between two hosts, by each transport. Needs root.
+hosts: $(VENV)/.dev
+	$(BIN)/python -m tests.hosts $(ARGS)
 
 # Arbitrary bytes against what reads the bytes of others; so many seconds a target.
 fuzz: $(VENV)/.fuzz

@@ -13,7 +13,7 @@ from typing_extensions import override
 from aiordt import _ray, _wire
 from aiordt._errors import InvalidValueError, RefPicklingError, TensorFreedError
 from aiordt._landing import Header, Item, describe, dtype_of, num_bytes
-from aiordt._runtime import current, current_for
+from aiordt._runtime import current, current_for, current_or_none
 from aiordt._slices import restrided_inline, restrided_meta, slice_inline, slice_meta
 from aiordt._types import Owner
 from aiordt.abc import PeerAddress
@@ -39,13 +39,15 @@ class Lease:
     Attributes:
         marker: It.
         item: Of leases in items of generators, which Ray does not count: where it is from.
+        known: Whether it was seen that it is here (`aiordt._claims`).
     """
 
-    __slots__ = ("item", "marker")
+    __slots__ = ("__weakref__", "item", "known", "marker")
 
     def __init__(self, marker: ObjectRef[None]) -> None:
         self.marker = marker
         self.item: Item | None = None
+        self.known = False
 
     @override
     def __reduce__(self) -> tuple[object, ...]:
@@ -310,6 +312,11 @@ def _rebuild(  # noqa: PLR0917  (called by pickle)
     inline: bytes | None = None,
     cls: type[torch.Tensor] | None = None,
 ) -> TensorRef:
+    if lease is not None and not lease.known:
+        lease.known = True
+        runtime = current_or_none()
+        if runtime is not None and lease.item is None:
+            runtime.claims.arrived(lease, header.address)
     return TensorRef(header, index, packed, lease, inline, cls)
 
 

@@ -9,6 +9,7 @@ Invariants:
     REG-2  Between `busy` finding nothing and the caller's next await nothing on the same loop
            can export, so the caller may write.
     REG-3  What is being exported counts from the moment the export began.
+    REG-4  A lease that Ray has given up is dropped when no process claims it any more.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class Registry(Source):
         self._leases: dict[object, tuple[Export, list[int]]] = {}
         self._waiters: dict[StorageKey, set[_Waiter]] = {}
         self._ends: dict[bytes, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
+        self._claims: dict[object, set[bytes]] = {}  # lease -> processes that say they have it
+        self._given_up: set[object] = set()  # leases that Ray has dropped, and that are claimed
 
     def begin(
         self, tensors: Sequence[torch.Tensor], label: str, ready: Event | None = None
@@ -196,11 +199,42 @@ class Registry(Source):
             if self._exports.pop(export.key, None) is not None:
                 self._apply(step(self._state, Released(export.key)))
 
+    def claim(self, leases: Iterable[object], peer_id: bytes) -> None:
+        """A process says that it has these leases. Unknown ones are ignored."""
+        with self._lock:
+            for lease in leases:
+                if lease in self._leases:
+                    self._claims.setdefault(lease, set()).add(peer_id)
+
+    def unclaim(self, leases: Iterable[object] | None, peer_id: bytes) -> None:
+        """It has them no more; ``None``: it has none any more."""
+        free = []
+        with self._lock:
+            for lease in list(self._claims) if leases is None else leases:
+                claims = self._claims.get(lease)
+                if claims is None:
+                    continue
+                claims.discard(peer_id)
+                if not claims:
+                    del self._claims[lease]
+                    if lease in self._given_up:
+                        self._given_up.discard(lease)
+                        free.append(lease)
+        self.drop(free)
+
+    def claimed_by(self, peer_id: bytes) -> bool:
+        """Whether a process has said that it has a lease."""
+        with self._lock:
+            return any(peer_id in claims for claims in self._claims.values())
+
     def drop(self, leases: Iterable[object]) -> None:
-        """These leases are gone, over the whole cluster. Unknown ones are ignored."""
+        """These leases are gone, over the whole cluster, says Ray. Unknown ones are ignored."""
         dead: list[object] = []  # freed outside the lock
         with self._lock:
             for lease in leases:
+                if lease in self._claims:  # REG-4
+                    self._given_up.add(lease)
+                    continue
                 export, group = self._leases.pop(lease, (None, []))
                 if export is None:
                     continue
@@ -396,6 +430,8 @@ class Registry(Source):
                 self._ended(key)
             self._exports.clear()
             self._leases.clear()
+            self._claims.clear()
+            self._given_up.clear()
             self._state = State()
             self._nbytes = 0
             queued, self._queue = self._queue, deque()

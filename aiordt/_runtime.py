@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from aiordt import _config, _copies, _integrity, _ray, _tls, _wire
+from aiordt import _claims, _config, _copies, _integrity, _ray, _tls, _wire
 from aiordt._admission import Admission
+from aiordt._claims import Claims
 from aiordt._errors import (
     AiordtError,
     ClosedError,
@@ -150,6 +151,7 @@ class Runtime(Puller):
             workers=self.workers,
             limit=config.relay_nbytes if "shm" in config.transports else 0,
         )
+        self.claims = Claims(self.address, self.io, registry=self.registry, routes=self.routes)
         self.checks = _integrity.Checks(
             self.io, self.registry, self.routes, self.relay, self.workers
         )
@@ -211,6 +213,8 @@ class Runtime(Puller):
             return message
         if isinstance(message, TransportMessage) and message.transport == _copies.NAME:
             return await self.relay.serve(message, peer_id)
+        if isinstance(message, TransportMessage) and message.transport == _claims.NAME:
+            return await self.claims.serve(message, peer_id)
         if isinstance(message, TransportMessage) and message.transport == _integrity.NAME:
             return await self.checks.serve(message)
         if isinstance(message, TransportMessage):
@@ -230,6 +234,7 @@ class Runtime(Puller):
         self.relay.forget(peer_id)
         self.transports.forget(peer_id)
         self.routes.forget(peer_id)
+        self.claims.lost(peer_id)
 
     def _send_notes(self, headers: list[Header]) -> None:
         self._unsent += headers

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from tests import worker
-from tests.support import Node, clean
+from tests.support import ACROSS, Node, clean
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -41,6 +41,11 @@ def cluster() -> Iterator[None]:
     Workers inherit its environment: with a runtime environment of their own they could not be
     started ahead. To import torch takes each of them 2 s.
     """
+    if ACROSS:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)  # that of the two hosts
+        yield
+        ray.shutdown()
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         for name, value in worker.environment().items():
@@ -56,13 +61,16 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def _start(cls: Any, *args: Any, **options: Any) -> Any:
+def _start(cls: Any, *args: Any, host: str = "h1", **options: Any) -> Any:
+    """Start an actor; of two hosts on ``host``. Only of host 1's do the tests kill any, by pid."""
+    if ACROSS:
+        options = {"resources": {host: 1}, **options}
     return cls.options(num_cpus=0, **options).remote(*args)
 
 
 @pytest.fixture(scope="session")
 def _nodes(cluster: None) -> list[Any]:
-    return [_start(Node) for _ in range(3)]
+    return [_start(Node, host=host) for host in ("h2", "h1", "h2")]
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 MIB = 1 << 20
+#: Set by tests/hosts/__main__.py: the tests run on host 1 of two, by this transport.
+ACROSS = os.environ.get("TESTS_ACROSS", "")
 #: After which a program that a test runs is taken to hang.
 PROGRAM_SECONDS = 240
 

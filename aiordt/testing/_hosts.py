@@ -47,9 +47,10 @@ _PROBE: Final = (
     "ip link add v0 type veth peer name v1 && ip link add br0 type bridge && "
     "tc qdisc add dev v0 root tbf rate 1mbit burst 32kb latency 50ms"
 )
-# `echo` says that the mounts are there; `cat` is the init, and ends with the pipe (HST-1).
+# `echo` says that the mounts are there; `cat` ends with the pipe (HST-1). The shell is the init,
+# and buries orphans: to Ray's workers, a raylet that is a zombie is alive.
 _INIT: Final = (
-    'for at in /dev/shm "$0"; do mount -t tmpfs tmpfs "$at" || exit; done; echo; exec cat'
+    'for at in /dev/shm "$0"; do mount -t tmpfs tmpfs "$at" || exit; done; echo; cat; exit'
 )
 
 
@@ -303,6 +304,7 @@ class TwoHosts:
     h1: Host
     h2: Host
     _switch: Host
+    _join: tuple[str, ...]
 
     def cut(self, *, silently: bool = False) -> None:
         """Cut the link between the hosts.
@@ -316,6 +318,21 @@ class TwoHosts:
     def restore(self) -> None:
         """Undo `cut`."""
         self._switch.execute("ip", "link", "set", "h2", "master", "br0", "up")
+
+    def kill_node(self) -> None:
+        """Kill the raylet of ``h2``, as Ray's node fails: its actors end by themselves."""
+        for pid in self.h2.pids():
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/exe").readlink().name == "raylet":
+                    os.kill(pid, signal.SIGKILL)
+
+    def start_node(self) -> None:
+        """Start a node on ``h2``; there is one, until `kill_node`.
+
+        Raises:
+            RuntimeError: It did not start.
+        """
+        _start_ray(self.h2, *self._join)
 
     def slow(self, megabits: int | None) -> None:
         """Limit both directions to so many megabits a second; ``None`` lifts the limit."""
@@ -406,5 +423,7 @@ def two_hosts(
         common = (f"--num-cpus={num_cpus}", f"--object-store-memory={object_store_nbytes}")
         quiet = ("--include-dashboard=false", "--disable-usage-stats")
         _start_ray(hosts[0], "--head", f"--port={_GCS_PORT}", *quiet, *common)
-        _start_ray(hosts[1], f"--address={_ADDRESSES[0]}:{_GCS_PORT}", *common)
-        yield TwoHosts(hosts[0], hosts[1], switch)
+        join = (f"--address={_ADDRESSES[0]}:{_GCS_PORT}", *common)
+        made = TwoHosts(hosts[0], hosts[1], switch, join)
+        made.start_node()
+        yield made

@@ -237,14 +237,14 @@ class ServingProcess:
         process: The process.
     """
 
-    def __init__(self, *added: str, busy: bool = False) -> None:
+    def __init__(self, *added: str, busy: bool = False, within: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             root = str(Path(__file__).parent.parent.parent)
             path = os.pathsep.join([root, *filter(None, sys.path)])  # what is found here, is there
             arguments = [str(theirs.fileno()), "busy" if busy else "", *added]
             self.process = subprocess.Popen(  # noqa: S603  (this very module)
-                [sys.executable, "-c", _PROGRAM, *arguments],
+                [*within, sys.executable, "-c", _PROGRAM, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},

@@ -309,8 +309,14 @@ class NixlTransport(Transport):
     async def _connect(self, peer: Peer) -> NixlLink:
         await self._started()
         watch = None
-        with suppress(UnavailableError):  # on another host, or in another container
+        try:
             watch = await self._watcher.connect(peer)
+        except UnavailableError as exc:  # on another host, or in another container
+            if not self._engine.rdma:  # then it has no other way, nor would it see a death
+                raise unavailable(
+                    f"there is no RDMA device here, and without one it reads as cma does: "
+                    f"{exc.reason}"
+                ) from exc
         remote = self._remotes.get(peer.address.runtime_id)
         if remote is None:
             remote = Remote(peer, self._engine, self.io)

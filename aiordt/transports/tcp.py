@@ -160,14 +160,22 @@ class TcpLink(Link):
 
     async def _read_streams(self, items: list[Item], nbytes: int, views: list[memoryview]) -> None:
         count = self._num_streams if nbytes >= STRIPED_NBYTES else 1
+        idle = [self._idle.pop() for _ in range(min(count, len(self._idle)))]
         streams: list[tuple[bytes, socket.socket]] = []
         works: list[asyncio.Future[None]] = []
         whole = False
         try:
-            for _ in range(count):
-                streams.append(await self._stream())  # noqa: PERF401  (kept if a later one fails)
-            phase("tcp.asking")
-            await self._peer.call(Pull(items, nbytes, [name for name, _ in streams]))
+            try:
+                await self._ask(items, nbytes, count, idle, streams)
+            except ProtocolViolationError:
+                if not idle:
+                    raise
+                # They are closed: the owner has taken this process for lost, and forgot it.
+                for _, sock in (*streams, *self._idle):
+                    sock.close()
+                streams.clear()
+                self._idle.clear()
+                await self._ask(items, nbytes, count, [], streams)
             phase("tcp.receiving")
             for (_, sock), (start, stop) in zip(streams, _stripes(nbytes, count), strict=True):
                 pieces = _cut(views, start, stop)
@@ -185,11 +193,21 @@ class TcpLink(Link):
                 else:
                     sock.close()
 
-    async def _stream(self) -> tuple[bytes, socket.socket]:
-        if self._idle:
-            return self._idle.pop()
-        name = os.urandom(KEY_NBYTES)
-        return name, await self._peer.open_stream(name)
+    async def _ask(
+        self,
+        items: list[Item],
+        nbytes: int,
+        count: int,
+        idle: list[tuple[bytes, socket.socket]],
+        streams: list[tuple[bytes, socket.socket]],
+    ) -> None:
+        """Have the owner send on ``streams``: the ``idle`` ones, and new ones up to ``count``."""
+        streams += idle
+        while len(streams) < count:
+            name = os.urandom(KEY_NBYTES)
+            streams.append((name, await self._peer.open_stream(name)))
+        phase("tcp.asking")
+        await self._peer.call(Pull(items, nbytes, [name for name, _ in streams]))
 
     @override
     async def aclose(self) -> None:

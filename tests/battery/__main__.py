@@ -11,28 +11,40 @@ import time
 from collections import deque
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 import rich
 import torch
 
 from aiordt.transports import probe
-from tests.battery import trials
+from tests.battery import host_trials, trials
 from tests.battery.trials import READING, Actors, Trial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tests.battery.trials import Body
 
 
 async def battery(
-    seeds: list[int], transports: tuple[str, ...], faults: tuple[str, ...], at_once: int
+    seeds: list[int],
+    transports: tuple[str, ...],
+    faults: tuple[str, ...],
+    *,
+    bodies: Mapping[str, Body],
+    make_actors: Callable[[], Actors],
+    at_once: int,
 ) -> list[Trial]:
     """Run the trials of some seeds, so many at a time, each with actors of its own."""
     left = deque(seeds)
     done: list[Trial] = []
 
     async def run_some() -> None:
-        actors = Actors()
+        actors = make_actors()
         while left:
             trial = trials.make(left.popleft(), transports, faults)
-            await trials.run(trial, actors)
+            await trials.run(trial, actors, bodies)
             done.append(trial)
             if trial.failed:
                 rich.print(f"FAILED {trial}: {trial.failed}", flush=True)
@@ -77,17 +89,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.battery", description=__doc__)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
-    parser.add_argument("--transports", default=",".join(READING))
-    parser.add_argument("--faults", default=",".join(trials.FAULTS))
-    parser.add_argument("--at-once", type=int, default=3)
+    parser.add_argument("--transports", help="default: all that move what is to be moved")
+    parser.add_argument("--faults", help="default: all")
+    parser.add_argument("--at-once", type=int, default=3, help="on two hosts, always one")
+    parser.add_argument("--hosts", action="store_true", help="between two hosts; needs root")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help="write the table there")
     options = parser.parse_args()
-    usable = tuple(name for name in options.transports.split(",") if probe(name).usable)
-    faults = tuple(options.faults.split(","))
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="error", include_dashboard=False)
+    if options.hosts and not options.inside:
+        return host_trials.on_two_hosts([*sys.argv[1:], "--inside"])
+    bodies = host_trials.OF_HOSTS if options.hosts else {**trials.FAULTS, **host_trials.OF_DRIVERS}
+    faults = tuple(options.faults.split(",") if options.faults else bodies)
+    possible = host_trials.BETWEEN_HOSTS if options.hosts else tuple(READING)
+    chosen = options.transports.split(",") if options.transports else possible
+    usable = tuple(name for name in chosen if probe(name).usable)
+    cluster: dict[str, Any] = {} if options.hosts else {"num_cpus": 2, "include_dashboard": False}
+    ray.init(log_to_driver=False, logging_level="error", **cluster)
     begun = time.monotonic()
     seeds = list(range(options.seed, options.seed + options.trials))
-    done = asyncio.run(battery(seeds, usable, faults, options.at_once))
+    make_actors = host_trials.PlacedActors if options.hosts else Actors
+    at_once = 1 if options.hosts else options.at_once
+    done = asyncio.run(
+        battery(seeds, usable, faults, bodies=bodies, make_actors=make_actors, at_once=at_once)
+    )
     ray.shutdown()
     failed = [trial for trial in done if trial.failed]
     text = table(done)

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+async def exported(tensor: torch.Tensor, transport: str) -> tuple[torch.Tensor, Any]:
+    """The tensor, where that transport finds it, and a ref to be moved by it only."""
+    if transport == "shm":
+        tensor = aiordt.empty_like(tensor).copy_(tensor)
+    return tensor, await aiordt.put(tensor, transport=transport)
+
+
 def pattern(seed: int, nbytes: int) -> torch.Tensor:
     """What a trial moves: other bytes for other seeds, made in no time."""
     words = torch.arange(nbytes // 8, dtype=torch.int64)
@@ -68,6 +75,7 @@ class Holder(aiordt.AsyncActor):
 
     def __init__(self) -> None:
         self._kept: torch.Tensor | None = None
+        self._held: list[Any] = []
         self._proxy: TcpProxy | None = None
         self._strikes = ExitStack()
 
@@ -77,11 +85,12 @@ class Holder(aiordt.AsyncActor):
 
     async def export(self, seed: int, nbytes: int, transport: str) -> list[Any]:
         """Make a tensor and export it, to be moved by ``transport`` only."""
-        tensor = pattern(seed, nbytes)
-        if transport == "shm":
-            tensor = aiordt.empty_like(tensor).copy_(tensor)
-        self._kept = tensor
-        return [await aiordt.put(tensor, transport=transport)]
+        self._kept, ref = await exported(pattern(seed, nbytes), transport)
+        return [ref]
+
+    async def hold(self, refs: list[Any]) -> None:
+        """Hold these, and no others any more."""
+        self._held = refs
 
     async def freed(self, seconds: float) -> None:
         """Wait until nobody holds the tensor any more."""
@@ -175,6 +184,10 @@ class Reader(Holder):
         struck = phases is not None and phases.reached.is_set()
         self._strikes.close()
         return Result(outcome, text, seconds, struck)
+
+    async def pull_held(self, place: int, seed: int, strike: Strike | None) -> Result:
+        """As `pull`, one of those that it holds."""
+        return await self.pull([self._held[place]], seed, strike, None)
 
     async def pull_many(self, refs: list[Any], seed: int, count: int) -> Result:
         """Pull the same tensor many times at once."""

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -87,15 +87,21 @@ def _state(pid: int) -> str:
 
 @dataclass(slots=True)
 class Actors:
-    """Those that are there; who was killed is replaced."""
+    """Those that are there; who was killed is replaced.
 
+    Attributes:
+        spare: How many of a kind are ready when one is killed.
+        all: All of them.
+    """
+
+    spare: int = 1
     _idle: dict[str, list[Any]] = field(default_factory=dict)
     all: list[Any] = field(default_factory=list)
 
     async def take(self, kind: str) -> Any:
         """One of a kind: ``"holder"``, ``"hidden"``, ``"restarting"``, ``"reader"``."""
         idle = self._idle.setdefault(kind, [])
-        while len(idle) < 2:  # one is ready when the other is killed
+        while len(idle) <= self.spare:
             idle.append(self._start(kind))
         actor = idle.pop(0)
         if not hasattr(actor, "_battery_pid"):
@@ -145,10 +151,14 @@ async def _pulled(
     reader: Any, ref: Any, trial: Trial, strike: Strike | None = None, after: float | None = None
 ) -> None:
     """Pull, and note in the trial how that ended."""
+    await _noted(trial, reader.pull.remote([ref], trial.seed, strike, after))
+
+
+async def _noted(trial: Trial, pulling: Awaitable[Result]) -> None:
     begun = time.perf_counter()
     try:
         async with asyncio.timeout(LIMIT_SECONDS + _STOP_SECONDS):
-            result: Result = await reader.pull.remote([ref], trial.seed, strike, after)
+            result = await pulling
     except ray.exceptions.RayActorError:
         trial.outcome, trial.struck = "RayActorError", True
         trial.seconds = time.perf_counter() - begun
@@ -386,9 +396,9 @@ def make(seed: int, transports: tuple[str, ...], faults: tuple[str, ...]) -> Tri
     )
 
 
-async def run(trial: Trial, actors: Actors) -> None:
+async def run(trial: Trial, actors: Actors, bodies: Mapping[str, Body] = FAULTS) -> None:
     """Run it; what goes wrong is in it."""
-    body = FAULTS[trial.fault]
+    body = bodies[trial.fault]
     try:
         async with asyncio.timeout(120):
             rng = random.Random(f"{trial.seed}/body")  # noqa: S311  (as above)

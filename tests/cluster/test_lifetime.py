@@ -15,6 +15,9 @@ import ray
 import torch
 
 import aiordt
+from aiordt import _claims
+from aiordt._runtime import current
+from tests.cluster.test_items import cut
 from tests.support import MIB, arange, eventually
 
 _NBYTES = 2 * MIB
@@ -322,6 +325,70 @@ async def test_killed_consumer_frees(nodes: Any, spawn: Any) -> None:
     assert await a.run.remote(freed, 20.0)
 
 
+async def test_who_got_a_ref_from_a_process_that_is_killed_still_holds_it(
+    nodes: Any, spawn: Any
+) -> None:  # CLM-1, REG-4
+    """Ray knows of the last one only through the one in the middle."""
+    a, b, _ = nodes
+    middle = spawn()
+
+    async def pass_on(node: Any, a: Any, b: Any) -> None:
+        node.kept["ref"] = await a.make.remote(keep)
+        await b.run.remote(hold, [node.kept["ref"]])
+
+    async def pull(node: Any) -> bool:
+        return torch.equal(await node.kept["refs"][0], arange(_NBYTES))
+
+    await middle.run.remote(pass_on, a, b)
+    pid = await middle.pid.remote()
+    os.kill(pid, signal.SIGKILL)
+    assert not await a.run.remote(freed, 4.0), "Ray tells within 2 s that the middle is gone"
+    await a.run.remote(cut)
+    assert not await a.run.remote(freed, 1.0), "it lives, and can be reached again"
+    assert await b.run.remote(pull)
+    await b.run.remote(drop)
+    assert await a.run.remote(freed, 10.0)
+
+
+def claims_after(_: Any, seconds: float) -> bytes:
+    _claims.STAY_SECONDS = seconds  # type: ignore[misc]
+    return current().address.runtime_id
+
+
+async def swept(_: Any) -> None:
+    """Look now at what has come, and not when the longer time is over."""
+
+    async def sweep() -> None:
+        current().claims._sweep()
+
+    await current().io.run(sweep())
+
+
+async def test_only_a_ref_that_stays_is_claimed(nodes: Any) -> None:  # CLM-2
+    a, b, _ = nodes
+    peer_id = await b.run.remote(claims_after, 60.0)
+
+    def claimed(_: Any, peer_id: bytes) -> bool:
+        return current().registry.claimed_by(peer_id)
+
+    ref = await a.make.remote(keep)
+    for _ in range(10):
+        await b.pull.remote([ref])
+    assert not await a.run.remote(claimed, peer_id)
+    await b.run.remote(claims_after, _claims.STAY_SECONDS)
+    await b.run.remote(hold, [ref])
+    await b.run.remote(swept)
+    await eventually(lambda: a.run.remote(claimed, peer_id), what="it is claimed")
+    await b.run.remote(drop)
+
+    async def given_up() -> bool:
+        return not await a.run.remote(claimed, peer_id)
+
+    await eventually(given_up, what="it is claimed no more")
+    del ref
+    assert await a.run.remote(freed, 10.0)
+
+
 async def test_cancelled_consumer_frees(nodes: Any) -> None:
     a, b, _ = nodes
 
@@ -364,8 +431,6 @@ async def test_cancelled_wait_leaves_no_waiter(cluster: None) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await aiordt.wait_tensor_freed(tensor)
-    from aiordt._runtime import current  # noqa: PLC0415
-
     assert not current().registry._waiters
     del ref
     await aiordt.wait_tensor_freed(tensor, 10)
@@ -376,8 +441,6 @@ async def test_export_in_progress_counts(nodes: Any) -> None:  # REG-3
 
     async def race(node: Any) -> bool:
         node.kept["t"] = arange(_NBYTES)
-        from aiordt._runtime import current  # noqa: PLC0415
-
         current().markers._pool.clear()  # the export has to wait for a marker
         task = asyncio.create_task(aiordt.put(node.kept["t"]))
         await asyncio.sleep(0)

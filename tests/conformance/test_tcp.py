@@ -127,6 +127,21 @@ async def test_a_failure_over_there_ends_the_read(ends: Ends, nbytes: int) -> No
         await asyncio.wait_for(ends.link.read([Part(ends.key, 0, 0, target.data_ptr(), nbytes)]), 5)
 
 
+async def test_idle_streams_that_the_owner_has_closed_are_replaced(ends: Ends) -> None:
+    """It took this process for lost; of the end of its streams, nothing came through."""
+    tcp = ends.owner.transports.made["tcp"]
+    assert isinstance(tcp, TcpTransport)
+
+    async def forget() -> None:
+        tcp.forget(ends.reader.address.runtime_id)
+
+    for nbytes in (100_000, 16 * MIB, 100_000):  # one stream, several
+        key = ends.export(nbytes)
+        await ends.read(key, nbytes)
+        await ends.owner.io.run(forget())
+        await ends.read(key, nbytes)
+
+
 async def test_streams_are_kept_and_bounded(ends: Ends) -> None:
     key = ends.export(100_000)
     with record_phases() as phases:

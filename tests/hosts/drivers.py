@@ -1,7 +1,8 @@
 """The drivers of `test_two_hosts.py`, run inside host 1.
 
 ``drivers.py <scenario> [<address>]`` runs one scenario, ``drivers.py`` those whose names it
-reads. Of each there is one line ``RESULT <json>``; what is asserted stands in the tests.
+reads, with their arguments. Of each there is one line ``RESULT <json>``; what is asserted stands
+in the tests.
 """
 
 from __future__ import annotations
@@ -168,16 +169,19 @@ class Node(aiordt.AsyncActor):
         self._held = None
         return time.monotonic()
 
-    async def begin(self, trees: list[dict[str, Any]]) -> None:
+    async def begin(self, trees: list[dict[str, Any]], transport: str | None = None) -> None:
         """Begin to pull each into a target of its own."""
         self._outcomes = {}
         self._targets = [torch.zeros(tree["t"].shape, dtype=torch.int32) for tree in trees]
-        self._pulls = [asyncio.create_task(self._pull(i, tree)) for i, tree in enumerate(trees)]
+        self._pulls = [
+            asyncio.create_task(self._pull(index, tree, transport))
+            for index, tree in enumerate(trees)
+        ]
 
-    async def _pull(self, index: int, tree: dict[str, Any]) -> None:
+    async def _pull(self, index: int, tree: dict[str, Any], transport: str | None) -> None:
         kind, text = "done", ""
         try:
-            await aiordt.get(tree, into={"t": self._targets[index]})
+            await aiordt.get(tree, into={"t": self._targets[index]}, transport=transport)
         except asyncio.CancelledError:
             kind = "CancelledError"
             raise
@@ -187,9 +191,9 @@ class Node(aiordt.AsyncActor):
             self._outcomes[index] = (kind, text, time.monotonic())
             Path("/dev/shm/outcomes").write_text(json.dumps(self._outcomes))  # noqa: ASYNC240, S108
 
-    async def begun(self) -> None:
-        """Wait until bytes of every pull have arrived; fails if one has ended before."""
-        for index, target in enumerate(self._targets):
+    async def begun(self, count: int | None = None) -> None:
+        """Wait until bytes of the first pulls have come; fails if one has ended before."""
+        for index, target in enumerate(self._targets[:count]):
             await until(lambda t=target: bool(t[:256].any()), seconds=20, what=f"pull {index}")  # type: ignore[misc]
         if self._outcomes:
             raise RuntimeError(f"pulls ended too early: {self._outcomes}")
@@ -197,6 +201,20 @@ class Node(aiordt.AsyncActor):
     async def outcomes(self) -> list[tuple[str, str, float]]:
         await asyncio.wait(self._pulls)
         return [self._outcomes[index] for index in range(len(self._pulls))]
+
+    async def cancel(self, index: int, settle: float) -> dict[str, Any]:
+        """Cancel a pull, and forget it."""
+        pull = self._pulls.pop(index)
+        pull.cancel()
+        await asyncio.wait({pull})
+        at_end = self._targets[index].clone()
+        await asyncio.sleep(settle)  # no write may come any more
+        unchanged = torch.equal(at_end, self._targets.pop(index))
+        return {"cancelled": pull.cancelled(), "unchanged": unchanged}
+
+    async def counts(self) -> tuple[int, int, int]:
+        stats = aiordt.stats()
+        return stats.exports, stats.held_refs, stats.in_flight
 
     async def cancel_first(self, seeds: list[int], settle: float) -> dict[str, Any]:
         """Cancel the first pull; say what became of it and of the others."""
@@ -482,15 +500,29 @@ async def sizes() -> object:
 
 async def proof() -> object:
     consumers = {"process": fresh("h2"), "thread": fresh("h2")}  # the way is proved once
-    tree = {"t": await aiordt.put(pattern(MIB, 1))}  # this process's id was chosen by the test
+    kept = aiordt.empty((MIB // 4,), dtype=torch.int32).copy_(pattern(MIB, 1))
+    tree = {"t": await aiordt.put(kept)}  # this process's id was chosen by the test
     absent = await shared("h2").explain.remote(tree)
     result: dict[str, Any] = {"pid": os.getpid(), "absent": absent}
     for kind, consumer in consumers.items():
         decoy = await consumer.decoy.remote(tree, kind)
         explained = await consumer.explain.remote(tree)
         result[kind] = {**explained, "pid": decoy, **await consumer.check.remote(tree, 1)}
+        result[kind]["forced"] = await forced(consumer, tree)
         await consumer.end_decoy.remote()
     return result
+
+
+async def forced(consumer: Any, tree: Any) -> dict[str, str]:
+    """What comes of pulling the first pattern by each transport."""
+    found = {}
+    for name in ("cma", "shm", "nixl", "ucx"):
+        try:
+            checked = await consumer.check.remote(tree, 1, transport=name)
+            found[name] = f"equal: {checked['equal']}, moved: {checked['moved']}"
+        except aiordt.UnavailableError as exc:
+            found[name] = exc.reason
+    return found
 
 
 async def container() -> object:
@@ -588,6 +620,36 @@ async def link() -> object:
     return {"outcomes": outcomes, "reached": reached, "again": again, "new": new}
 
 
+async def partition(transport: str) -> object:
+    """Both hosts live, and for a while do not see each other."""
+    owner, reader = shared("h2"), shared("h1")
+    trees = [await owner.make.remote(48 * MIB, seed) for seed in range(2)]
+    freed = [asyncio.ensure_future(owner.freed.remote(seed)) for seed in range(2)]
+    await reader.begin.remote(trees, transport)
+    await reader.begun.remote(1)  # UCX brings one after the other
+    print("BEGUN", flush=True)  # noqa: T201  (the test cuts the link)
+    await until(Path("/dev/shm/cut").exists, seconds=60, what="the cut")  # noqa: S108
+    result: dict[str, Any] = {}
+    async with asyncio.timeout(10):
+        result["cancelled"] = await reader.cancel.remote(1, 0.1)
+        (result["under way"],) = await reader.outcomes.remote()
+    async with asyncio.timeout(10):
+        await reader.begin.remote(trees[:1], transport)
+        (result["begun meanwhile"],) = await reader.outcomes.remote()
+    print("ENDED", flush=True)  # noqa: T201  (the test mends it)
+    await until(Path("/dev/shm/restored").exists, seconds=60, what="the link's return")  # noqa: S108
+    result["again"] = [
+        await reader.check.remote(tree, seed, transport=transport)
+        for seed, tree in enumerate(trees)
+    ]
+    result["early"] = [each.done() for each in freed]
+    del trees
+    async with asyncio.timeout(10):
+        await asyncio.gather(*freed)
+    result["counts"] = [await each.counts.remote() for each in (owner, reader)]
+    return result
+
+
 async def host_lost() -> object:
     here, there = shared("h1"), fresh("h2")
     made = here.make.remote(2 * MIB, 1)
@@ -643,6 +705,7 @@ SCENARIOS = {
         channel,
         cancel,
         link,
+        partition,
         listeners,
         flow_graph,
         host_lost,
@@ -666,8 +729,9 @@ def main() -> None:
     if address:
         use_node_by_address(*address)
     ray.init(namespace="hosts", log_to_driver=False)
-    for name in names or sys.stdin:
-        result = asyncio.run(SCENARIOS[name.strip()]())
+    for line in names or sys.stdin:
+        name, *arguments = line.split()
+        result = asyncio.run(SCENARIOS[name](*arguments))
         print("\nRESULT", json.dumps(result), flush=True)  # noqa: T201
     ray.shutdown()
 

@@ -214,6 +214,11 @@ def test_a_process_with_the_owners_id_is_not_read(hosts: TwoHosts) -> None:  # C
         assert found[kind]["chosen"] == "tcp"
         assert found[kind]["equal"], "never the decoy's memory"
         assert found[kind]["moved"] == {"tcp": MIB}
+        forced = found[kind]["forced"]
+        assert_refused(forced["cma"])
+        assert_refused(forced["nixl"])
+        assert "another network namespace" in forced["shm"]
+        assert forced["ucx"] == f"equal: True, moved: {{'ucx': {MIB}}}"
     assert "is another one" in found["process"]["reasons"]["cma"]
     assert_refused(found["thread"]["reasons"]["cma"])
 
@@ -293,6 +298,40 @@ def test_link_cut_in_a_transfer_ends_the_pull(hosts: TwoHosts, driver: Driver) -
     assert when - cut < 10.0
     assert found["again"]["equal"], "the same ref can be pulled again"
     assert found["new"]["equal"]
+
+
+@pytest.mark.parametrize("transport", [pytest.param("tcp", marks=pytest.mark.soak), "ucx"])
+def test_hosts_that_do_not_see_each_other_for_a_while(
+    hosts: TwoHosts, driver: Driver, transport: str
+) -> None:  # OWN-1, CAN-1, LSE-1
+    signs = [hosts.h1.path(f"/dev/shm/{name}") for name in ("cut", "restored")]  # noqa: S108
+    for path in signs:
+        path.unlink(missing_ok=True)
+    hosts.slow(SLOW_MEGABITS)
+    program = driver.begin(f"partition {transport}")
+    try:
+        program.expect("BEGUN", seconds=60)
+        hosts.cut(silently=True)
+        signs[0].touch()
+        program.expect("ENDED", seconds=60)
+    finally:
+        hosts.restore()
+        hosts.slow(None)
+    signs[1].touch()
+    found = driver.end(program)
+    assert found["cancelled"] == {"cancelled": True, "unchanged": True}
+    # A transfer may fail before the control connection shows that it is the network.
+    for when, kinds in (
+        ("under way", {"PeerLostError", "TransferError"}),
+        ("begun meanwhile", {"PeerLostError"}),
+    ):
+        kind, text, _ = found[when]
+        assert kind in kinds, (when, kind, text)
+    assert found["early"] == [False, False], "freed while the other host held them"
+    for again in found["again"]:
+        assert again["equal"]
+        assert again["moved"] == {transport: 48 * MIB}
+    assert found["counts"] == [[0, 0, 0], [0, 0, 0]]
 
 
 def test_listeners_are_bound_to_the_nodes_address_only(hosts: TwoHosts, driver: Driver) -> None:

@@ -535,3 +535,35 @@ def test_what_cannot_arrive_as_it_is_is_refused(make: Any, what: str) -> None:
 )
 def test_what_can_arrive_is_allowed(tensor: torch.Tensor) -> None:
     check_exportable(tensor)
+
+
+def test_what_is_claimed_outlives_rays_count(registry: Registry, leases: Leases) -> None:  # REG-4
+    tensors = torch.zeros(MIB), torch.zeros(MIB)
+    export, (one, other) = leases.export(*tensors)
+    registry.claim([one, "unknown"], b"first")
+    registry.claim([one], b"second")
+    registry.drop([one, other])
+    assert registry.busy(ranges(tensors[0]))
+    assert not registry.busy(ranges(tensors[1]))
+    registry.local(export.key, 0)
+    registry.unclaim(None, b"first")
+    registry.unclaim([one, "unknown"], b"third")
+    assert registry.claimed_by(b"second")
+    assert registry.busy(ranges(tensors[0]))
+    registry.unclaim([one], b"second")
+    assert not registry.busy(ranges(tensors[0]))
+    assert registry.counts() == (0, 0)
+
+
+def test_a_claim_that_ends_first_leaves_the_rest_to_ray(
+    registry: Registry, leases: Leases
+) -> None:  # REG-4
+    tensor = torch.zeros(MIB)
+    _, (lease,) = leases.export(tensor)
+    registry.claim([lease], b"first")
+    registry.unclaim([lease], b"first")
+    assert registry.busy(ranges(tensor))
+    registry.drop([lease])
+    assert not registry.busy(ranges(tensor))
+    registry.claim([lease], b"first")
+    assert not registry.claimed_by(b"first"), "too late"
