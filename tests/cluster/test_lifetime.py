@@ -389,6 +389,31 @@ async def test_only_a_ref_that_stays_is_claimed(nodes: Any) -> None:  # CLM-2
     assert await a.run.remote(freed, 10.0)
 
 
+async def test_claims_of_many_go_in_several_messages(nodes: Any) -> None:
+    a, b, _ = nodes
+
+    def keep_many(node: Any) -> list[torch.Tensor]:
+        node.kept["t"] = [arange(_NBYTES) for _ in range(7)]
+        return list(node.kept["t"])
+
+    def two_a_message(_: Any) -> None:
+        _claims._MAX_LEASES = 2  # type: ignore[misc]
+
+    def num_claims(_: Any) -> int:
+        return len(current().registry._claims)
+
+    await b.run.remote(two_a_message)
+    await b.run.remote(hold, await a.make.remote(keep_many))
+
+    async def told(number: int) -> bool:
+        return bool(await a.run.remote(num_claims) == number)
+
+    await eventually(lambda: told(7), what="all are claimed")
+    await b.run.remote(drop)
+    await eventually(lambda: told(0), what="none is any more")
+    assert await a.run.remote(freed, 10.0)
+
+
 async def test_cancelled_consumer_frees(nodes: Any) -> None:
     a, b, _ = nodes
 

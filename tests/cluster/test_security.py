@@ -123,7 +123,7 @@ def shows(text: str, secret: bytes) -> bool:
     return any(word in text or word in text.lower() for word in words)
 
 
-@pytest.mark.parametrize("secret", [bytes(range(100, 132)), os.urandom(16)])
+@pytest.mark.parametrize("secret", [bytes(range(100, 132)), bytes(range(241, 225, -1))])
 def test_a_secret_that_shows_is_found(secret: bytes) -> None:
     """The next test can fail."""
     for shown in (repr(secret), secret.hex().upper(), str(list(secret)), f"x{secret[:8]!r}"):
