@@ -7,7 +7,8 @@ the ref is gone. What Ray gives up meanwhile is freed only then.
 
 Invariants:
     CLM-1  A lease that Ray has given up is held for as long as a process that lives claims it, or
-           one that cannot be reached, for `_APART_SECONDS`.
+           one that cannot be reached, until Ray says that its node is gone, and for
+           `_APART_SECONDS` at most.
     CLM-2  A ref that comes and goes costs no message, and its arrival at most one wake-up of the
            io thread in `STAY_SECONDS`.
 """
@@ -29,6 +30,8 @@ from aiordt._progress import Inbox, post
 from aiordt.abc import TransportMessage
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from aiordt._progress import IoThread
     from aiordt._registry import Registry
     from aiordt._route import Routes
@@ -88,11 +91,19 @@ class Claims:
         io: The io thread.
         registry: What this process exports.
         routes: The ways to others.
+        is_gone: Whether Ray knows that there is no node at an address any more.
     """
 
     def __init__(
-        self, address: PeerAddress, io: IoThread, *, registry: Registry, routes: Routes
+        self,
+        address: PeerAddress,
+        io: IoThread,
+        *,
+        registry: Registry,
+        routes: Routes,
+        is_gone: Callable[[PeerAddress], Awaitable[bool]],
     ) -> None:
+        self._is_gone = is_gone
         self._address = address
         self._io = io
         self._registry = registry
@@ -219,6 +230,8 @@ class Claims:
             except OwnerDiedError:
                 break
             except AiordtError:  # it cannot be reached, and may yet live
+                if await self._is_gone(address):
+                    break
                 await asyncio.sleep(_AGAIN_SECONDS)
             else:
                 return  # the end of this connection is told here as well

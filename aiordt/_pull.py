@@ -49,7 +49,7 @@ from aiordt._types import MIB
 from aiordt.abc import DrawingLink
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from aiordt._admission import Admission
     from aiordt._config import Config
@@ -417,8 +417,12 @@ class Puller:
             raise died(header.owner, exc) from exc
 
     async def _ray_says_gone(self, owner: Owner) -> bool:
-        """Whether an unreachable owner is known to be dead; ``False`` if Ray does not answer."""
-        asked = self._ray_questions.run(lambda: _ray.is_gone(owner))
+        """Whether an unreachable owner is known to be dead."""
+        return await self._ray_says(lambda: _ray.is_gone(owner))
+
+    async def _ray_says(self, question: Callable[[], bool]) -> bool:
+        """Ray's answer; ``False`` if there is none."""
+        asked = self._ray_questions.run(question)
         asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
         done, _ = await asyncio.wait({asked}, timeout=_RAY_SECONDS)
         return bool(done) and asked.exception() is None and asked.result()

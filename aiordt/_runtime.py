@@ -151,7 +151,15 @@ class Runtime(Puller):
             workers=self.workers,
             limit=config.relay_nbytes if "shm" in config.transports else 0,
         )
-        self.claims = Claims(self.address, self.io, registry=self.registry, routes=self.routes)
+        self.claims = Claims(
+            self.address,
+            self.io,
+            registry=self.registry,
+            routes=self.routes,
+            is_gone=lambda holder: self._ray_says(
+                lambda: holder.host not in _ray.nodes_by_address()
+            ),
+        )
         self.checks = _integrity.Checks(
             self.io, self.registry, self.routes, self.relay, self.workers
         )

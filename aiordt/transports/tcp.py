@@ -45,7 +45,7 @@ _MAX_SENDERS: Final = 1 << 16
 #: Pulls by streams that one link runs at once; the others wait their turn. Of striped ones few:
 #: more bring no more bytes, and as many threads at either end that want to run.
 _MAX_PULLS: Final = 8
-_MAX_STRIPED: Final = 2
+_MAX_STRIPED: Final = 4
 _MAX_IDLE_STREAMS: Final = 2 * _MAX_PULLS
 _IOV_MAX: Final = 1024
 _PLAIN: Final = "more than 64 KiB at a time travel outside TLS: neither encrypted nor authenticated"

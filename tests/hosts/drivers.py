@@ -644,7 +644,7 @@ async def partition(transport: str) -> object:
     ]
     result["early"] = [each.done() for each in freed]
     del trees
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(40):  # who was being told of a claim as the link broke waits for TCP
         await asyncio.gather(*freed)
     result["counts"] = [await each.counts.remote() for each in (owner, reader)]
     return result
