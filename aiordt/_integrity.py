@@ -154,7 +154,7 @@ class Checks:
         nbytes = sum(tensor.nbytes for tensor in packed)
         return await self._run(nbytes, lambda: [sums.block_sums(_memory(one)) for one in packed])
 
-    async def serve(self, request: TransportMessage) -> Message:
+    async def serve(self, request: TransportMessage, _peer_id: bytes) -> Message:
         """Say what is true of parts that somebody has pulled. On the io loop.
 
         Raises:

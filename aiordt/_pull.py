@@ -407,14 +407,17 @@ class Puller:
                 return await self.routes.find(header.address, header.owner, suited)
         return await self.routes.find(header.address, header.owner, forced)
 
-    async def reached(self, header: Header, reaching: Awaitable[_T]) -> _T:
-        """The outcome of something that was asked of an owner."""
+    async def reached(
+        self, header: Header, reaching: Awaitable[_T], ref: Pullable | None = None
+    ) -> _T:
+        """The outcome of something that was asked of an owner, for ``ref`` or in general."""
         try:
             return await reaching
         except (OwnerDiedError, PeerLostError) as exc:
             if isinstance(exc, PeerLostError) and not await self._ray_says_gone(header.owner):
                 raise
-            raise died(header.owner, exc) from exc
+            what = "its tensors" if ref is None else describe(ref)
+            raise died(header.owner, exc, what) from exc
 
     async def _ray_says_gone(self, owner: Owner) -> bool:
         """Whether an unreachable owner is known to be dead."""
@@ -437,15 +440,11 @@ class Puller:
         self.counters.started(len(refs))
         try:
             phase("pull.admitted")
-            try:
-                parts = await self._read(batch, transport, link, shared=shared)
-                if refs[0].meta.flags & _wire.FLAG_CHECKED:  # then they all are: one owner
-                    await self.checks.check(batch, parts, transport, name)
-            except (OwnerDiedError, PeerLostError) as exc:
-                owner = refs[0].header.owner
-                if isinstance(exc, PeerLostError) and not await self._ray_says_gone(owner):
-                    raise
-                raise died(owner, exc, describe(refs[0])) from exc
+            reading = self._read(batch, transport, link, shared=shared)
+            parts = await self.reached(refs[0].header, reading, refs[0])
+            if refs[0].meta.flags & _wire.FLAG_CHECKED:  # then they all are: one owner
+                checking = self.checks.check(batch, parts, transport, name)
+                await self.reached(refs[0].header, checking, refs[0])
             phase("pull.arrived")
         finally:
             self.counters.ended(len(refs))

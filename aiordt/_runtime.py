@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 import torch
 
@@ -44,7 +44,7 @@ from aiordt.transports.cma import allow_readers, host_id
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from aiordt._config import Config
     from aiordt._landing import Header, Pullable
@@ -86,6 +86,8 @@ class Service(ABC):
     async def aclose(self) -> None:
         """End everything."""
 
+
+_Serve: TypeAlias = "Callable[[TransportMessage, bytes], Awaitable[Message | None]]"
 
 _services: Final[list[Callable[[Runtime], Service]]] = []
 
@@ -164,6 +166,12 @@ class Runtime(Puller):
             self.io, self.registry, self.routes, self.relay, self.workers
         )
         self.services = [make(self) for make in _services]
+        self._serving: dict[str, _Serve] = {
+            _copies.NAME: self.relay.serve,
+            _claims.NAME: self.claims.serve,
+            _integrity.NAME: self.checks.serve,
+            **{service.name: service.serve for service in self.services},
+        }
         post(self.io.loop, self._network.start)
         post(self.io.loop, lambda: self.io.spawn(self._watch_session()))
 
@@ -219,16 +227,8 @@ class Runtime(Puller):
         if isinstance(message, _wire.Ready):
             await self.registry.wait_ready(message.keys)
             return message
-        if isinstance(message, TransportMessage) and message.transport == _copies.NAME:
-            return await self.relay.serve(message, peer_id)
-        if isinstance(message, TransportMessage) and message.transport == _claims.NAME:
-            return await self.claims.serve(message, peer_id)
-        if isinstance(message, TransportMessage) and message.transport == _integrity.NAME:
-            return await self.checks.serve(message)
-        if isinstance(message, TransportMessage):
-            for service in self.services:
-                if message.transport == service.name:
-                    return await service.serve(message, peer_id)
+        if isinstance(message, TransportMessage) and message.transport in self._serving:
+            return await self._serving[message.transport](message, peer_id)
         return await self.transports.serve(message, peer_id)
 
     def _accept(self, stream: bytes, peer_id: bytes, sock: socket.socket) -> bool:

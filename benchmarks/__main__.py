@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 # Ray reads these when it is imported. A peer that hangs is to be shown as such, soon.
 os.environ.setdefault("RAY_rdt_fetch_fail_timeout_milliseconds", "20000")
@@ -23,6 +27,15 @@ def _listed(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+@contextmanager
+def _refusals() -> Generator[None]:
+    """Settings that are refused are a mistake on the command line."""
+    try:
+        yield
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+
+
 @app.command()
 def p2p(
     *,
@@ -36,15 +49,13 @@ def p2p(
     """One producer, one consumer: latency, throughput, loop lag and idle CPU."""
     from benchmarks import p2p as command  # noqa: PLC0415  (imports Ray: see above)
 
-    try:
+    with _refusals():
         settings = command.Settings.choose(
             quick=quick,
             sizes=None if sizes is None else tuple(int(size) for size in _listed(sizes) or ()),
             only=_listed(only),
             parts=_listed(parts),
         )
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 
@@ -92,10 +103,8 @@ def statedict(
     from benchmarks import statedict as command  # noqa: PLC0415
 
     chosen = None if counts is None else tuple(int(count) for count in _listed(counts) or ())
-    try:
+    with _refusals():
         settings = command.Settings.choose(quick=quick, counts=chosen, only=_listed(only))
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 
@@ -111,14 +120,12 @@ def collectives(
     """Collective operations, in members and on refs, beside torch's, Ray's and MPI's."""
     from benchmarks import collectives as command  # noqa: PLC0415
 
-    try:
+    with _refusals():
         settings = command.Settings.choose(
             quick=quick,
             ranks=None if ranks is None else tuple(int(count) for count in _listed(ranks) or ()),
             sizes=None if sizes is None else tuple(int(size) for size in _listed(sizes) or ()),
         )
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 
@@ -133,10 +140,8 @@ def flow(
     """Graphs placed by group beside plain Ray: on raylets, on two hosts, and simulated."""
     from benchmarks import flow as command  # noqa: PLC0415
 
-    try:
+    with _refusals():
         settings = command.Settings.choose(quick=quick, parts=_listed(parts))
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 
@@ -179,12 +184,10 @@ def weights(
     from benchmarks import weights as command  # noqa: PLC0415
 
     chosen = None if readers is None else tuple(int(count) for count in _listed(readers) or ())
-    try:
+    with _refusals():
         settings = command.Settings.choose(
             quick=quick, nbytes=nbytes, readers=chosen, only=_listed(only)
         )
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 
@@ -201,10 +204,8 @@ def fanout(
     from benchmarks import fanout as command  # noqa: PLC0415
 
     chosen = None if hosts is None else tuple(int(count) for count in _listed(hosts) or ())
-    try:
+    with _refusals():
         settings = command.Settings.choose(quick=quick, nbytes=nbytes, hosts=chosen)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 
@@ -221,12 +222,10 @@ def crowd(
     """A small pull beside many large ones of the same producer's."""
     from benchmarks import crowd as command  # noqa: PLC0415
 
-    try:
+    with _refusals():
         settings = command.Settings.choose(
             quick=quick, consumers=consumers, nbytes=nbytes, only=_listed(only)
         )
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 
@@ -241,10 +240,8 @@ def overhead(
     """What each step of a transfer takes: awaits, exports, leases, the wire."""
     from benchmarks import overhead as command  # noqa: PLC0415
 
-    try:
+    with _refusals():
         settings = command.Settings.choose(quick=quick, rounds=rounds)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from exc
     command.run(settings, json_path=json, plot_path=plot)
 
 

@@ -8,6 +8,7 @@ import inspect
 import os
 import select
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -105,6 +106,15 @@ async def eventually(
 ) -> Any:
     """Poll until ``check`` is true; its value. A busy machine needs up to 40 s for two actors."""
     return await testing.eventually(check, what=what, within=seconds)
+
+
+def process_state(pid: int) -> str:
+    """As ``ps`` has it: T is stopped, Z and X are dead.
+
+    Raises:
+        OSError: It is gone.
+    """
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
 
 
 async def kill(pid: int) -> None:

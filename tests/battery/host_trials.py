@@ -89,6 +89,16 @@ def on_two_hosts(arguments: list[str]) -> int:
             return program.wait(seconds=60).exit_code
 
 
+async def _lent(trial: Trial, actors: Actors) -> tuple[list[Any], Any]:
+    """Actors of both hosts, those of either with something of the other's; the first one's ref."""
+    kinds = ("holder", "far reader", "near holder", "reader")
+    taken = [await actors.take(kind) for kind in kinds]
+    holder, far, near, _ = taken
+    ref = await trials._exported(holder, trial)
+    await far.hold.remote([await trials._exported(near, trial)])
+    return taken, ref
+
+
 async def _under_way(trial: Trial, rng: random.Random, pulling: asyncio.Future[None]) -> None:
     """Wait until some of a pull between hosts is done, or all of it."""
     seconds = trial.nbytes * 8 / (_MEGABITS * 1e6)
@@ -98,12 +108,7 @@ async def _under_way(trial: Trial, rng: random.Random, pulling: asyncio.Future[N
 
 async def _kill_node(trial: Trial, rng: random.Random, actors: Actors) -> None:
     """Ray's node of the owner fails: its actors die, and what they held is back."""
-    kinds = ("holder", "far reader", "near holder", "reader")
-    holder, far, near, reader = [await actors.take(kind) for kind in kinds]
-    ref = await trials._exported(holder, trial)
-    lent = await trials._exported(near, trial)
-    await far.hold.remote([lent])
-    del lent
+    (_, _, near, reader), ref = await _lent(trial, actors)
     pulling = asyncio.ensure_future(trials._pulled(reader, ref, trial))
     await _under_way(trial, rng, pulling)
     await _ask("kill the node")
@@ -126,12 +131,7 @@ def _is_seen() -> bool:
 
 async def _partition(trial: Trial, rng: random.Random, actors: Actors) -> None:
     """The hosts do not see each other for a while; both live."""
-    kinds = ("holder", "far reader", "near holder", "reader")
-    holder, far, near, reader = [await actors.take(kind) for kind in kinds]
-    ref = await trials._exported(holder, trial)
-    lent = await trials._exported(near, trial)
-    await far.hold.remote([lent])
-    del lent
+    (holder, far, near, reader), ref = await _lent(trial, actors)
     pulling = asyncio.ensure_future(trials._pulled(reader, ref, trial))
     await _under_way(trial, rng, pulling)
     await _ask(rng.choice(("cut", "unplug")))

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import ray
@@ -22,6 +21,7 @@ from typing_extensions import override
 
 from aiordt.testing import eventually
 from tests.battery.actors import Holder, Reader, Result, Strike
+from tests.support import process_state
 
 MIB: Final = 1 << 20
 #: In which each trial's transfer must have ended.
@@ -76,13 +76,9 @@ class Trial:
 def is_gone(pid: int) -> bool:
     """Whether a process has ended."""
     try:
-        return _state(pid) in {"Z", "X"}
+        return process_state(pid) in {"Z", "X"}
     except OSError:
         return True
-
-
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
 
 
 @dataclass(slots=True)
@@ -272,7 +268,7 @@ async def _stop(trial: Trial, rng: random.Random, actors: Actors, *, owner: bool
 
 
 async def _stopped(pid: int) -> None:
-    while _state(pid) != "T":  # noqa: ASYNC110  (nobody tells)
+    while process_state(pid) != "T":  # noqa: ASYNC110  (nobody tells)
         await asyncio.sleep(0.005)
 
 

@@ -33,6 +33,7 @@ from tests.cluster.test_every_transport import (
     matrix,
     shared,
     state,
+    targets_for,
 )
 from tests.cluster.test_relay import keeps_nothing
 from tests.support import MIB, Node, arange, clean, eventually
@@ -148,12 +149,7 @@ async def test_right_targets_pass(owner: Any, transport: str) -> None:
     refs = await owner.make.remote(every_layout)
     wanted = every_layout(Kept())
     for plain in (True, False):
-        targets = {
-            name: torch.zeros_like(tensor.detach(), memory_format=torch.contiguous_format)
-            if plain
-            else torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)[..., 0]
-            for name, tensor in wanted.items()
-        }
+        targets = targets_for(wanted, plain=plain)
         await pulled(refs, into=targets, transport=transport)
         for name, tensor in wanted.items():
             assert torch.equal(as_bytes(targets[name]), as_bytes(tensor)), name

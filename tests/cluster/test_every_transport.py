@@ -139,17 +139,22 @@ async def test_slices_move_what_they_select(nodes: Any, transport: str) -> None:
     assert moved(transport) - before == 30 * 4
 
 
+def targets_for(wanted: dict[str, torch.Tensor], *, plain: bool) -> dict[str, torch.Tensor]:
+    """Zeros to receive into: contiguous ones, or such with a gap after each element."""
+    return {
+        name: torch.zeros_like(tensor.detach(), memory_format=torch.contiguous_format)
+        if plain
+        else torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)[..., 0]
+        for name, tensor in wanted.items()
+    }
+
+
 @pytest.mark.parametrize("transport", BY)
 async def test_targets(nodes: Any, transport: str) -> None:
     refs = await nodes[0].make.remote(every_layout)
     wanted = every_layout(Kept())
     for plain in (True, False):
-        targets = {
-            name: torch.zeros_like(tensor.detach(), memory_format=torch.contiguous_format)
-            if plain
-            else torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)[..., 0]
-            for name, tensor in wanted.items()
-        }
+        targets = targets_for(wanted, plain=plain)
         got = await aiordt.get(refs, into=targets, transport=transport)
         for name, tensor in wanted.items():
             assert got[name] is targets[name]

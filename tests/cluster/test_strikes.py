@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +12,7 @@ import ray
 
 import aiordt
 from aiordt.testing import strike_at_phase
-from tests.support import MIB, arange, eventually
+from tests.support import MIB, arange, eventually, process_state
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +31,6 @@ async def freed(node: Any) -> None:
 
 async def pull(_: Any, refs: list[Any]) -> float:
     return float((await refs[0]).double().sum())
-
-
-def state(pid: int) -> str:
-    """As ``ps`` has it: T is stopped."""
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +55,7 @@ async def test_an_actor_stands_still_where_it_is_told_to(nodes: Any, spawn: Any)
     ref = await owner.make_cma.remote(keep)
     pid = await strike_at_phase(victim, "cma.chunk", signal.SIGSTOP, occurrence=3)
     pulling = asyncio.ensure_future(victim.run.remote(pull, [ref]))
-    await eventually(lambda: state(pid) == "T", what="it stands still")
+    await eventually(lambda: process_state(pid) == "T", what="it stands still")
     try:
         expected = float(arange(NBYTES).double().sum())
         assert await nodes[1].run.remote(pull, [ref]) == expected, "the others go on"

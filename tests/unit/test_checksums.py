@@ -101,7 +101,7 @@ class Owner:
         received = [data for *_, data in asked]
         sums = [_checksums.sum_of(memoryview(data)) for data in received]
         body = msgpack.packb((pack_items(items), list(map(len, received)), sums))
-        reply = await self.checks.serve(TransportMessage(_integrity.NAME, body))
+        reply = await self.checks.serve(TransportMessage(_integrity.NAME, body), bytes(16))
         assert isinstance(reply, TransportMessage)
         return list(reply.body)
 
@@ -234,7 +234,7 @@ async def test_questions_that_cannot_be_answered() -> None:
     bodies: tuple[Any, ...] = (7, (item, [], [b"x"]), (item, ["5"], [b"x"]))
     for body in (b"", b"\xc1", *map(msgpack.packb, bodies)):
         with pytest.raises(ProtocolViolationError):
-            await owner.checks.serve(TransportMessage(_integrity.NAME, body))
+            await owner.checks.serve(TransportMessage(_integrity.NAME, body), bytes(16))
     owner.close()
 
 
@@ -255,7 +255,8 @@ def test_any_question_is_answered_or_refused(question: Any) -> None:  # WIRE-2
         owner = Owner([])
         try:
             with suppress(AiordtError):  # and nothing else
-                await owner.checks.serve(TransportMessage(_integrity.NAME, msgpack.packb(question)))
+                message = TransportMessage(_integrity.NAME, msgpack.packb(question))
+                await owner.checks.serve(message, bytes(16))
         finally:
             owner.close()
 
